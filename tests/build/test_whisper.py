@@ -1,5 +1,6 @@
 """Whisper from a folder of transformers: its tokens are those of ``generate``."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
 from inplace_builder import BuildError, BuildOptions, build_model
-from inplace_builder.capture.whisper import NO_TOKEN, LogMel, Rules, load_extractor
+from inplace_builder.capture.whisper import LogMel, load_extractor
+from inplace_builder.capture.whisper_rules import NO_TOKEN, Rules
+from support.engines import Engines
+from support.models import change_config
 from support.whisper import (
     IDS,
     RATE,
     SECONDS,
+    SOURCE,
     Samples,
     audio,
     generated,
@@ -44,21 +49,17 @@ CHOICES: list[dict[str, Parameter]] = [
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("source")
+def source(engines: Engines) -> Path:
+    return engines.get(SOURCE, save_whisper)
 
 
 @pytest.fixture(scope="module")
-def model(source: Path) -> WhisperForConditionalGeneration:
-    return save_whisper(source)
+def model() -> WhisperForConditionalGeneration:
+    return tiny_whisper()
 
 
 @pytest.fixture(scope="module")
-def folder(
-    source: Path,
-    model: WhisperForConditionalGeneration,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("built") / "whisper"
     build_model(source, path, OPTIONS)
     return path / "1"
@@ -155,6 +156,9 @@ def test_an_end_without_audio_ends(driver: StepDriver) -> None:
     assert error.code is Code.UNKNOWN_SEQUENCE
     error = refused(driver, request(1, silent, start=False, end=True))
     assert error.code is Code.UNKNOWN_SEQUENCE
+    driver.run([request(2, audio(0))])
+    error = refused(driver, request(2, silent, {"sample_rate": 8000}, start=False, end=True))
+    assert "takes 16000: resample it" in str(error)
 
 
 def test_a_refused_window_changes_nothing(
@@ -200,11 +204,33 @@ def test_an_english_model_has_no_language(tmp_path: Path) -> None:
         ({"repetition_penalty": 1.2}, "repetition_penalty 1.2"),
         ({"no_speech_threshold": 0.6}, "no_speech_threshold 0.6"),
         ({"eos_token_id": [2, 3]}, "eos_token_id"),
+        ({"lang_to_id": {"<|xx|>": 5}}, "no forced tokens for .*'xx'"),
     ],
 )
 def test_other_ways_to_generate_are_refused(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(BuildError, match=text):
         Rules.of(tiny_whisper(**changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lookahead": 1}, "a 'whisper' model, which has none"),
+        ({"capacity": 448, "step_tokens": 64}, r"\['capacity', 'step_tokens'\] are for sequences"),
+    ],
+)
+def test_options_of_other_models_are_refused(
+    source: Path, tmp_path: Path, options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(BuildError, match=text):
+        build_model(source, tmp_path / "model", BuildOptions(**options))
+
+
+def test_quantized_weights_are_refused(source: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(source, tmp_path / "source")
+    change_config(copied, quantization_config={"load_in_8bit": True})
+    with pytest.raises(BuildError, match="'bitsandbytes'"):
+        build_model(copied, tmp_path / "model", OPTIONS)
 
 
 def test_a_folder_needs_a_feature_extractor_of_the_model(tmp_path: Path) -> None:
@@ -214,9 +240,11 @@ def test_a_folder_needs_a_feature_extractor_of_the_model(tmp_path: Path) -> None
     WhisperFeatureExtractor(feature_size=80, chunk_length=1).save_pretrained(tmp_path)
     with pytest.raises(BuildError, match="makes 80 mel bins of 100 frames; the model takes 8"):
         load_extractor(tmp_path, config)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1, dither=0.1).save_pretrained(tmp_path)
-    with pytest.raises(BuildError, match="adds noise"):
-        load_extractor(tmp_path, config)
+    for name, text in (("dither", "adds noise"), ("padding_value", "pads with sound")):
+        other = WhisperFeatureExtractor(feature_size=8, chunk_length=1, **{name: 0.1})
+        other.save_pretrained(tmp_path)
+        with pytest.raises(BuildError, match=text):
+            load_extractor(tmp_path, config)
 
 
 def test_features_are_those_of_the_extractor() -> None:

@@ -12,8 +12,18 @@ from inplace.client import Client, RefusedError, Sequence
 from inplace_builder import BuildOptions, build_model
 from inplace_builder.__main__ import app
 from inplace_builder.tools.tritonserver import TritonServer
+from support.engines import Engines
 from support.pool import Deployment, ServerPool
-from support.whisper import RATE, SECONDS, audio, generated, save_whisper, whisper_tokenizer
+from support.whisper import (
+    RATE,
+    SECONDS,
+    SOURCE,
+    audio,
+    generated,
+    save_whisper,
+    tiny_whisper,
+    whisper_tokenizer,
+)
 from transformers import WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
@@ -23,22 +33,15 @@ MODEL, CLIENTS = "whisper", 3
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("source")
-
-
-@pytest.fixture(scope="module")
-def model(source: Path) -> WhisperForConditionalGeneration:
-    return save_whisper(source)
+def model() -> WhisperForConditionalGeneration:
+    return tiny_whisper()
 
 
 @pytest.fixture(scope="module")
 def server(
-    pool: ServerPool,
-    source: Path,
-    model: WhisperForConditionalGeneration,
-    tmp_path_factory: pytest.TempPathFactory,
+    pool: ServerPool, engines: Engines, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
+    source = engines.get(SOURCE, save_whisper)
     folder = tmp_path_factory.mktemp("whisper") / MODEL
     build_model(source, folder, BuildOptions(slots=CLIENTS, max_rows=CLIENTS, serve="stream"))
     with pool.serve(Deployment(folder)) as running:

@@ -105,13 +105,15 @@ def whisper_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
-def save_whisper(folder: Path, **options: object) -> WhisperForConditionalGeneration:
-    """Write the folder of a model, and return the model."""
-    model = tiny_whisper(**options)  # type: ignore[arg-type]
-    model.save_pretrained(folder)
+SOURCE = "whisper-source"
+"""The name in `support.engines.Engines` of what `save_whisper` writes."""
+
+
+def save_whisper(folder: Path) -> None:
+    """Write the folder of `tiny_whisper`."""
+    tiny_whisper().save_pretrained(folder)
     extractor().save_pretrained(folder)
     whisper_tokenizer().save_pretrained(folder)
-    return model
 
 
 def audio(number: int, seconds: float = SECONDS) -> Samples:

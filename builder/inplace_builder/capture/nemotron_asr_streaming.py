@@ -16,7 +16,7 @@ from inplace.protocol import AUDIO
 from inplace.schema.schedule import Call
 from inplace.schema.specs import Role
 from torch import Tensor, nn
-from transformers import NemotronAsrStreamingForRNNT, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.nemotron_asr_streaming.feature_extraction_nemotron_asr_streaming import (
     LOG_ZERO_GUARD_VALUE,
@@ -26,15 +26,12 @@ from transformers.models.nemotron_asr_streaming.processing_nemotron_asr_streamin
 )
 
 from inplace_builder.capture.exported_rows import RowOptions
+from inplace_builder.capture.fourier import fourier_matrix, power
 from inplace_builder.capture.programs import ProgramsCapture, capture_programs
 from inplace_builder.errors import BuildError
 
 MODEL_TYPE = "nemotron_asr_streaming"
 """The ``model_type`` of its configurations."""
-
-
-ModelClass = NemotronAsrStreamingForRNNT
-"""The class of transformers that loads it."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +166,8 @@ class Chunks:
 class LogMel(nn.Module):
     """Log-mel frames of a chunk of a stream, as transformers' feature extractor has them.
 
-    The Fourier transform is a product with its matrix: engines have no complex numbers. A stream
-    is thought to begin with `lead` zeros, so that the frames which a chunk completes are those that
-    the encoder takes of it.
+    A stream is thought to begin with `lead` zeros, so that the frames which a chunk completes are
+    those that the encoder takes of it.
 
     Args:
         extraction: how.
@@ -189,11 +185,10 @@ class LogMel(nn.Module):
         hop, size = extraction.hop, extraction.size
         self.hops = -(-extraction.window // hop)
         window = torch.hann_window(extraction.window, periodic=False, dtype=torch.float64)
-        spectrum = torch.fft.rfft(torch.diag(window), n=size)
-        basis = torch.cat([spectrum.real, spectrum.imag], 1)
         # A frame is whole hops, of which the window is the last part.
         front = self.hops * hop - extraction.window
-        self.register_buffer("basis", nn.functional.pad(basis, (0, 0, front, 0)).float())
+        basis = nn.functional.pad(fourier_matrix(window, size), (0, 0, front, 0))
+        self.register_buffer("basis", basis)
         filters = mel_filter_bank(
             size // 2 + 1,
             bins,
@@ -239,9 +234,7 @@ class LogMel(nn.Module):
         frames = self.chunks.features
         parts = [blocks[:, place : place + frames] for place in range(self.hops)]
         spectrum = torch.matmul(torch.cat(parts, 2), self.basis)
-        real, imaginary = spectrum.chunk(2, 2)
-        power = real * real + imaginary * imaginary
-        mel = torch.log(torch.matmul(power, self.filters) + LOG_ZERO_GUARD_VALUE)
+        mel = torch.log(torch.matmul(power(spectrum, 2), self.filters) + LOG_ZERO_GUARD_VALUE)
         ends = torch.arange(2, frames + 2) * hop - extraction.window // 2
         return mel, (ends <= length).sum(0, keepdim=True)
 
@@ -523,7 +516,7 @@ def capture_nemotron_asr_streaming(
     stream's first).
 
     Args:
-        model: a `NemotronAsrStreamingForRNNT`; not changed.
+        model: a ``NemotronAsrStreamingForRNNT`` of transformers; not changed.
         lookahead: encoded frames that a frame sees ahead of it; a chunk has one more.
         max_rows: streams in one call, at most.
         extraction: of features from audio.

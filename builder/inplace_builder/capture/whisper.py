@@ -1,26 +1,21 @@
 """The front-end for Whisper: two programs over one arena, from the stock classes of transformers.
 
 ``encode`` turns audio into log-mel features, encodes them, and writes the keys and values that the
-decoder's cross-attention reads. ``decode`` feeds one token and chooses the next one by the rules of
-transformers' ``generate``: forced tokens first, then greedily with tokens suppressed, and with
-timestamps in pairs. A request encodes one window of audio and decodes it to the end token.
+decoder's cross-attention reads. ``decode`` feeds one token and chooses the next one by `Rules`:
+forced tokens first, then greedily with tokens suppressed, and with timestamps in pairs. A request
+encodes one window of audio and decodes it to the end token.
 """
 
-import copy
-import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from inplace.protocol import LANGUAGE, TASK, TIMESTAMPS
 from inplace.schema.schedule import Call
 from inplace.schema.specs import Role
 from torch import Tensor, nn
 from transformers import (
     EncoderDecoderCache,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
@@ -29,15 +24,15 @@ from transformers import (
 
 from inplace_builder.capture.checkpoint import quiet
 from inplace_builder.capture.exported_rows import RowOptions
+from inplace_builder.capture.fourier import fourier_matrix, power
 from inplace_builder.capture.programs import ProgramsCapture, capture_programs
+from inplace_builder.capture.whisper_rules import DETECT, NO_TOKEN, Rules, TimestampRules
 from inplace_builder.errors import BuildError, brief
 
 MODEL_TYPE = "whisper"
 """The ``model_type`` of its configurations."""
 
-
-ModelClass = WhisperForConditionalGeneration
-"""The class of transformers that loads it."""
+MINUS_INFINITY = float("-inf")
 
 
 def load_extractor(folder: Path, config: PretrainedConfig) -> WhisperFeatureExtractor:
@@ -65,11 +60,12 @@ def load_extractor(folder: Path, config: PretrainedConfig) -> WhisperFeatureExtr
             f"the feature extractor in {folder} makes {features[0]} mel bins of {features[1]} "
             f"frames; the model takes {expected[0]} of {expected[1]}"
         )
-    if extractor.dither:
-        raise BuildError(
-            f"the feature extractor in {folder} adds noise to the audio (dither "
-            f"{extractor.dither}), which an engine does not: set it to 0"
-        )
+    for name, effect in (("dither", "adds noise to"), ("padding_value", "pads with sound")):
+        if value := getattr(extractor, name):
+            raise BuildError(
+                f"the feature extractor in {folder} {effect} audio ({name} {value}), which an "
+                f"engine does not: set it to 0"
+            )
     return extractor
 
 
@@ -85,198 +81,10 @@ def hide_timestamps(
     backend.add_special_tokens([name for name in names if name is not None])
 
 
-_NEUTRAL: Mapping[str, Any] = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "guidance_scale": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "watermarking_config": None,
-    "max_time": None,
-    "stop_strings": None,
-    "no_speech_threshold": None,
-    "logprob_threshold": None,
-    "compression_ratio_threshold": None,
-}
-"""Fields of a generation configuration by which ``generate`` would choose otherwise, and the values
-with which it does not."""
-
-
-def _check_supported(config: GenerationConfig) -> None:
-    """BuildError if ``generate`` would choose tokens in a way that an engine does not."""
-    set_fields = [
-        f"{name} {getattr(config, name)}"
-        for name, neutral in _NEUTRAL.items()
-        if getattr(config, name, neutral) not in (neutral, None)
-    ]
-    if isinstance(config.eos_token_id, list) and len(config.eos_token_id) != 1:
-        set_fields.append(f"eos_token_id {config.eos_token_id}")
-    if set_fields:
-        raise BuildError(
-            f"the model's generation configuration has {', '.join(set_fields)}, which an engine "
-            f"does not follow: it decodes greedily, once, to one end token; take them out of "
-            f"generation_config.json"
-        )
-
-
-DETECT, NO_TOKEN = -1, -2
-"""In a prompt: the language that the model detects; nothing, behind the end of the prompt."""
-
-MINUS_INFINITY = float("-inf")
-
-
-@dataclass(frozen=True)
-class TimestampRules:
-    """transformers' ``WhisperTimeStampLogitsProcessor``.
-
-    Attributes:
-        no_timestamps: the token ``<|notimestamps|>``; the next one is the first timestamp.
-        max_initial: the largest index of the first timestamp; None for all.
-    """
-
-    no_timestamps: int
-    max_initial: int | None
-
-    @property
-    def begin(self) -> int:
-        """The token of 0 s."""
-        return self.no_timestamps + 1
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How transformers' ``generate`` chooses tokens.
-
-    Attributes:
-        choices: by parameter of a request its values, the default first.
-        prompts: the forced tokens of each combination of the choices, the last one fastest:
-            ``[combinations, n]`` with `DETECT` and `NO_TOKEN`.
-        limits: the most tokens of each combination, with the prompt.
-        eos: the token that ends a window.
-        suppressed: tokens that are never chosen.
-        suppressed_first: tokens that are not chosen as the first one.
-        languages: the tokens of languages, to detect one.
-        timestamps: None for a model without timestamps.
-    """
-
-    choices: Mapping[str, tuple[str, ...]]
-    prompts: Tensor
-    limits: Tensor
-    eos: int
-    suppressed: tuple[int, ...]
-    suppressed_first: tuple[int, ...]
-    languages: tuple[int, ...]
-    timestamps: TimestampRules | None
-
-    @classmethod
-    def of(cls, model: WhisperForConditionalGeneration) -> "Rules":
-        """The rules of a model, from its generation configuration.
-
-        Raises:
-            BuildError: ``generate`` would do something else that an engine does not.
-        """
-        config = _generation_config(model)
-        _check_supported(config)
-        languages = _languages(config)
-        has_timestamps = getattr(config, "no_timestamps_token_id", None) is not None
-        timestamps = bool(getattr(config, "return_timestamps", False))
-        options: dict[str, list[Any]] = {
-            LANGUAGE: [None, *languages],
-            TASK: [None, *getattr(config, "task_to_id", {})] if languages else [None],
-            TIMESTAMPS: [timestamps, not timestamps] if has_timestamps else [False],
-        }
-        prompts = [
-            _prompt(model, config, dict(zip(options, values, strict=True)))
-            for values in itertools.product(*options.values())
-        ]
-        width = max(map(len, prompts))
-        return cls(
-            {name: tuple(map(_name, values)) for name, values in options.items()},
-            torch.tensor([prompt + [NO_TOKEN] * (width - len(prompt)) for prompt in prompts]),
-            torch.tensor([_limit(model, config, len(prompt)) for prompt in prompts]),
-            int(config.eos_token_id[0])
-            if isinstance(config.eos_token_id, list)
-            else int(config.eos_token_id),
-            tuple(config.suppress_tokens or ()),
-            tuple(config.begin_suppress_tokens or ()),
-            tuple(languages.values()),
-            TimestampRules(
-                config.no_timestamps_token_id, getattr(config, "max_initial_timestamp_index", None)
-            )
-            if has_timestamps
-            else None,
-        )
-
-
-def _name(value: Any) -> str:
-    if value is None:
-        return ""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _generation_config(model: WhisperForConditionalGeneration) -> GenerationConfig:
-    with quiet():
-        config, _ = model._prepare_generation_config(None)
-    return config
-
-
-def _languages(config: GenerationConfig) -> dict[str, int]:
-    """The tokens of the languages by their codes; none for a model of one language."""
-    if not getattr(config, "is_multilingual", True):
-        return {}
-    tokens: dict[str, int] = getattr(config, "lang_to_id", None) or {}
-    return {name.strip("<|>"): token for name, token in tokens.items()}
-
-
-def _prompt(
-    model: WhisperForConditionalGeneration, config: GenerationConfig, values: Mapping[str, Any]
-) -> list[int]:
-    """The tokens that ``generate`` forces, from its own code; `DETECT` where it detects one."""
-    config = copy.deepcopy(config)
-    config.return_timestamps = values[TIMESTAMPS]
-    for name in (LANGUAGE, TASK):
-        if values[name] is not None:
-            setattr(config, name, values[name])
-    model.detect_language = lambda **_: torch.tensor([DETECT])
-    try:
-        with quiet():
-            tokens = model._retrieve_init_tokens(
-                torch.zeros(1, 1, 1),
-                batch_size=1,
-                generation_config=config,
-                config=model.config,
-                num_segment_frames=1,
-                kwargs={},
-            )
-    finally:
-        del model.detect_language
-    prompt: list[int] = tokens[0].tolist()
-    return prompt
-
-
-def _limit(
-    model: WhisperForConditionalGeneration, config: GenerationConfig, prompt_length: int
-) -> int:
-    """The most tokens of a window, with its prompt."""
-    largest: int = model.config.max_target_positions
-    if config.max_new_tokens is not None:
-        return min(prompt_length + int(config.max_new_tokens), largest)
-    return min(prompt_length + int(config.max_length), largest)
-
-
 class LogMel(nn.Module):
     """Whisper's features, as ``WhisperFeatureExtractor`` makes them.
 
-    The Fourier transform is a convolution with its matrix, which every engine has.
+    The Fourier transform is a convolution with its matrix.
 
     Args:
         extractor: the model's feature extractor.
@@ -290,9 +98,8 @@ class LogMel(nn.Module):
         self.size, self.hop = extractor.n_fft, extractor.hop_length
         self.frames = extractor.nb_max_frames
         window = torch.hann_window(self.size, dtype=torch.float64)
-        spectrum = torch.fft.rfft(torch.diag(window))  # [samples, frequencies]
-        basis = torch.cat([spectrum.real, spectrum.imag], 1).T[:, None]
-        self.register_buffer("basis", basis.float().contiguous(), persistent=False)
+        basis = fourier_matrix(window, self.size).T[:, None].contiguous()
+        self.register_buffer("basis", basis, persistent=False)
         filters = torch.from_numpy(extractor.mel_filters).float().T.contiguous()
         self.register_buffer("filters", filters, persistent=False)
 
@@ -300,10 +107,8 @@ class LogMel(nn.Module):
         """``[1, samples]`` to ``[1, mel bins, frames]``."""
         half = self.size // 2
         padded = nn.functional.pad(audio[:, None], (half, half), mode="reflect")
-        parts = nn.functional.conv1d(padded, self.basis, stride=self.hop)[..., : self.frames]
-        real, imaginary = parts.chunk(2, 1)
-        power = real * real + imaginary * imaginary
-        mel = torch.matmul(self.filters, power).clamp(min=1e-10).log10()
+        spectrum = nn.functional.conv1d(padded, self.basis, stride=self.hop)[..., : self.frames]
+        mel = torch.matmul(self.filters, power(spectrum, 1)).clamp(min=1e-10).log10()
         loudest = mel.amax((1, 2), keepdim=True)
         return (torch.maximum(mel, loudest - 8.0) + 4.0) / 4.0
 

@@ -130,7 +130,8 @@ def main() -> None:
                     first = time.monotonic() - began
                 print(piece, end="", flush=True)
             seconds = time.monotonic() - began
-    print(f"\n{len(samples) / RATE:.1f} s of audio in {seconds:.1f} s; first words {first:.1f} s")
+    words_after = "no words" if first is None else f"first words after {first:.1f} s"
+    print(f"\n{len(samples) / RATE:.1f} s of audio in {seconds:.1f} s; {words_after}")
 
 
 if __name__ == "__main__":

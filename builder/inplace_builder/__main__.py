@@ -385,8 +385,8 @@ def transcribe(
         float | None,
         typer.Option(
             min=0.1,
-            help="Most seconds of audio in a request; default: a whole window, 5 with --realtime, "
-            "a chunk of a model that streams.",
+            help="Most seconds of audio in a request; default: a whole window, or 5 with "
+            "--realtime; of a stream 5, or a chunk with --realtime.",
         ),
     ] = None,
     language: Annotated[

@@ -9,8 +9,8 @@ from inplace.errors import InplaceError
 from inplace_builder.tools.transcribe import AudioFormat, cut, read_recording
 
 RATE = 1000
-WINDOWS = AudioFormat(RATE, longest=10 * RATE, is_stream=False)
-STREAM = AudioFormat(RATE, longest=80, is_stream=True)
+WINDOWS = AudioFormat(RATE, samples=10 * RATE, is_stream=False)
+STREAM = AudioFormat(RATE, samples=80, is_stream=True)
 
 
 def test_windows_end_where_it_is_quiet() -> None:
@@ -18,9 +18,9 @@ def test_windows_end_where_it_is_quiet() -> None:
     pauses = (8000, 15500)
     for pause in pauses:
         samples[pause : pause + 300] = 0
-    parts = cut(samples, WINDOWS, WINDOWS.longest)
+    parts = cut(samples, WINDOWS, WINDOWS.samples)
     assert np.array_equal(np.concatenate(parts), samples)
-    assert max(map(len, parts)) <= WINDOWS.longest
+    assert max(map(len, parts)) <= WINDOWS.samples
     ends = np.cumsum([len(part) for part in parts])[:-1]
     for end, pause in zip(ends, pauses, strict=True):
         assert pause <= end <= pause + 300

@@ -31,12 +31,12 @@ class AudioFormat:
 
     Attributes:
         rate: samples in a second.
-        longest: most samples of a request.
+        samples: those of a window, which a request has at most, or of a stream's chunk.
         is_stream: requests are parts of one stream; else each is a window of its own.
     """
 
     rate: int
-    longest: int
+    samples: int
     is_stream: bool
 
     def part_samples(self, seconds: float | None, *, realtime: bool) -> int:
@@ -48,11 +48,11 @@ class AudioFormat:
             realtime: whether audio is sent at its own pace; of a stream, a chunk at a time then.
         """
         if self.is_stream and realtime and seconds is None:
-            return self.longest
+            return self.samples
         if seconds is None:
-            seconds = PART_SECONDS if realtime or self.is_stream else self.longest / self.rate
+            seconds = PART_SECONDS if realtime or self.is_stream else self.samples / self.rate
         samples = max(1, round(seconds * self.rate))
-        return samples if self.is_stream else min(samples, self.longest)
+        return samples if self.is_stream else min(samples, self.samples)
 
     @classmethod
     def of(cls, client: InferenceServerClient, model: str) -> "AudioFormat":

@@ -1,10 +1,13 @@
 """TensorRT plugins of the operators; the states that they update are aliased outputs."""
 
 from inplace.plugins.operations import (
+    ArgmaxOperation,
     AttentionOperation,
     GroupedLinearOperation,
     LinearOperation,
     RmsNormOperation,
+    SampleOperation,
+    SampleOptionsOperation,
     UpdateOperation,
 )
 from inplace.plugins.plugin import OPERATIONS, Launch, Operation, Plugins, plugins, register
@@ -14,7 +17,6 @@ from inplace.plugins.recurrences import (
     LinearRecurrenceOperation,
     SelectiveScanOperation,
 )
-from inplace.plugins.sampling import ArgmaxOperation, SampleOperation, SampleOptionsOperation
 
 __all__ = [
     "OPERATIONS",

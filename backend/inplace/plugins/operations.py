@@ -13,8 +13,18 @@ from inplace.kernels.grouped_linear import (
     grouped_linear,
     grouped_linear_workspace,
 )
+from inplace.kernels.gumbel import MAX_LOGPROBS
 from inplace.kernels.linear import LinearSpec, linear, linear_workspace, rms_norm
 from inplace.kernels.memory import Pointer
+from inplace.kernels.sample import (
+    SampleOptions,
+    adjusted_workspace,
+    argmax,
+    argmax_workspace,
+    candidates_workspace,
+    sample,
+    sample_workspace,
+)
 from inplace.kernels.update import UpdateSpec, update
 from inplace.operators import ACTIVATIONS
 from inplace.plugins.plugin import FLOATS, Launch, Operation, Shape, num_tokens, register
@@ -439,3 +449,171 @@ class UpdateOperation(Operation):
             units=units,
             pdl=call.pdl,
         )
+
+
+@dataclass(frozen=True)
+class NextTokenOperation(Operation):
+    """An operation that chooses each row's next token, an int64 index; scores are the first input.
+
+    Attributes:
+        max_rows: most rows of a launch.
+    """
+
+    max_rows: int
+
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """An int64 index."""
+        return [torch.int64]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """One index for each row."""
+        return [[inputs[0][0], 1]]
+
+    def locks(self) -> int:
+        """One for each row."""
+        return self.max_rows
+
+
+@register
+@dataclass(frozen=True)
+class ArgmaxOperation(NextTokenOperation):
+    """``inplace::argmax``. Input: scores ``[rows, count]``."""
+
+    name: ClassVar[str] = "InplaceArgmax"
+
+    @property
+    def input_count(self) -> int:
+        """The scores."""
+        return 1
+
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """Floating scores, an int64 index."""
+        return dtypes[position] in FLOATS if position == 0 else dtypes[position] is torch.int64
+
+    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
+        """The maxima of the splits."""
+        return argmax_workspace(shapes[0][0])
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.sample.argmax`."""
+        rows, count = call.shapes[0]
+        argmax(
+            scores=call.inputs[0],
+            out=call.outputs[0],
+            workspace=call.scratch(0, torch.float32),
+            locks=call.locks,
+            rows=rows,
+            count=count,
+            pdl=call.pdl,
+        )
+
+
+@register
+@dataclass(frozen=True)
+class SampleOperation(NextTokenOperation):
+    """``inplace::sample``.
+
+    Inputs: scores ``[rows, count]``; temperature, top_k, top_p, seeds and positions ``[rows]``.
+    """
+
+    name: ClassVar[str] = "InplaceSample"
+    input_dtypes: ClassVar[tuple[torch.dtype, ...]] = (
+        torch.float32,
+        torch.float32,
+        torch.int32,
+        torch.float32,
+        torch.int64,
+        torch.int32,
+    )
+
+    @property
+    def input_count(self) -> int:
+        """Scores and parameters."""
+        return len(self.input_dtypes)
+
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """Each has one dtype."""
+        return dtypes[position] is (*self.input_dtypes, *self.output_dtypes(()))[position]
+
+    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
+        """The candidates of the splits."""
+        return sample_workspace(shapes[0][0])
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.sample.sample`."""
+        self._launch(call, None)
+
+    def _launch(self, call: Launch, options: SampleOptions | None) -> None:
+        rows, count = call.shapes[0]
+        scores, temperature, top_k, top_p, seeds, positions = call.inputs[:6]
+        sample(
+            scores=scores,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seeds=seeds,
+            positions=positions,
+            out=call.outputs[0],
+            workspace=call.scratch(0, torch.float32),
+            locks=call.locks,
+            rows=rows,
+            count=count,
+            options=options,
+            pdl=call.pdl,
+        )
+
+
+@register
+@dataclass(frozen=True)
+class SampleOptionsOperation(SampleOperation):
+    """``inplace::sample.options``.
+
+    Inputs: those of ``inplace::sample``; min_p, num_logprobs and num_adjusted ``[rows]``,
+    adjusted_tokens ``[rows, entries]`` and adjustments ``[rows, 3, entries]``.
+    """
+
+    name: ClassVar[str] = "InplaceSampleOptions"
+    input_dtypes: ClassVar[tuple[torch.dtype, ...]] = (
+        *SampleOperation.input_dtypes,
+        torch.float32,
+        torch.int32,
+        torch.int32,
+        torch.int32,
+        torch.float32,
+    )
+
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """An index and its log-probability; log-probabilities and indices of the most likely."""
+        return [torch.int64, torch.float32, torch.float32, torch.int64]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """One index and its log-probability for each row, and those of the most likely."""
+        rows = inputs[0][0]
+        return [[rows, 1], [rows, 1], [rows, MAX_LOGPROBS], [rows, MAX_LOGPROBS]]
+
+    def workspace(self, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> int:
+        """The candidates of the splits, their largest scores, and adjusted scores."""
+        rows, count = shapes[0]
+        return sample_workspace(rows) + candidates_workspace(rows) + adjusted_workspace(rows, count)
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.sample.sample` with options."""
+        rows, entries = call.shapes[9]
+        candidates = sample_workspace(rows)
+        scores = candidates + candidates_workspace(rows)
+        min_p, num_logprobs, num_adjusted, adjusted_tokens, adjustments = call.inputs[6:]
+        _, token_logprobs, top_logprobs, top_tokens = call.outputs
+        options = SampleOptions(
+            min_p,
+            num_logprobs,
+            num_adjusted,
+            adjusted_tokens,
+            adjustments,
+            entries,
+            token_logprobs,
+            top_logprobs,
+            top_tokens,
+            call.scratch(candidates, torch.float32),
+            call.scratch(scores, torch.float32),
+        )
+        self._launch(call, options)

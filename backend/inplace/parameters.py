@@ -135,7 +135,7 @@ class ParameterSpec:
         minimum, maximum: of an integer or a number; None without a limit.
         limits: the values that are allowed, for errors and the documentation.
         reserved: a name for a later version; a request that has it is refused.
-        max_items: the most token ids.
+        max_items: the most token ids, or biases.
     """
 
     name: str
@@ -147,7 +147,7 @@ class ParameterSpec:
     maximum: float | None = None
     limits: str = ""
     reserved: bool = False
-    max_items: int = MAX_STOP_TOKEN_IDS
+    max_items: int = 1
 
     def parse(self, value: object) -> Value:
         """The value of this parameter in a request.
@@ -287,17 +287,14 @@ def _number(
     )  # fmt: skip
 
 
-def _token_ids(name: str, description: str) -> ParameterSpec:
+def _token_ids(
+    name: str, description: str, kinds: frozenset[RequestKind], max_items: int
+) -> ParameterSpec:
+    limits = f"a token id, or a text of at most {max_items} token ids with commas between them"
     return ParameterSpec(
-        name,
-        "token ids",
-        description,
-        minimum=0,
-        maximum=INT64_MAX,
-        max_items=MAX_MASKED_TOKENS,
-        limits=f"a token id, or a text of at most {MAX_MASKED_TOKENS} token ids with commas"
-        " between them",
-    )
+        name, "token ids", description, kinds, minimum=0, maximum=INT64_MAX, limits=limits,
+        max_items=max_items,
+    )  # fmt: skip
 
 
 def _count(name: str, description: str, default: int | None) -> ParameterSpec:
@@ -435,8 +432,18 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         limits=f"a text of at most {MAX_BIASES} different token ids, each with a colon and a number"
         f" from {-MAX_BIAS:g} to {MAX_BIAS:g}, with commas between them",
     ),
-    _token_ids(ALLOWED_TOKEN_IDS, "The only tokens that may be chosen."),
-    _token_ids(BANNED_TOKEN_IDS, "Tokens that may not be chosen."),
+    _token_ids(
+        ALLOWED_TOKEN_IDS,
+        "The only tokens that may be chosen.",
+        STEPS_AND_GENERATIONS,
+        MAX_MASKED_TOKENS,
+    ),
+    _token_ids(
+        BANNED_TOKEN_IDS,
+        "Tokens that may not be chosen.",
+        STEPS_AND_GENERATIONS,
+        MAX_MASKED_TOKENS,
+    ),
     _boolean(
         ADD_SPECIAL_TOKENS,
         "Put the tokenizer's special tokens around `text`; true where the text begins a sequence.",
@@ -474,15 +481,11 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         limits="a whole number from 0 to `max_tokens`",
     ),
     _boolean(IGNORE_EOS, "Continue after an end token of the model.", GENERATIONS),
-    ParameterSpec(
+    _token_ids(
         STOP_TOKEN_IDS,
-        "token ids",
         "Tokens that end the generation, beside the end tokens of the model.",
         GENERATIONS,
-        minimum=0,
-        maximum=INT64_MAX,
-        limits=f"a token id, or a text of at most {MAX_STOP_TOKEN_IDS} token ids with commas"
-        " between them",
+        MAX_STOP_TOKEN_IDS,
     ),
     _count(STREAM_INTERVAL, "The fewest tokens of a response, except the last.", 1),
     _boolean(
@@ -514,23 +517,22 @@ OPTIONS = frozenset({LANGUAGE, TASK, TIMESTAMPS})
 AUDIO_PARAMETERS = OPTIONS | {SAMPLE_RATE}
 
 
-SAMPLING_OPTIONS = frozenset(
-    {
-        "min_p",
-        LOGPROBS,
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        NUM_GENERATED,
-        LOGIT_BIAS,
-        ALLOWED_TOKEN_IDS,
-        BANNED_TOKEN_IDS,
-    }
-)
-"""Parameters that need an engine with sampling options; so does ``min_tokens``."""
+BASIC_SAMPLING_PARAMETERS = frozenset({"temperature", "top_k", "top_p", "seed"})
+"""Parameters of every engine that samples."""
 
 
-SAMPLING_PARAMETERS = SAMPLING_OPTIONS | {"temperature", "top_k", "top_p", "seed"}
+SAMPLING_PARAMETERS = BASIC_SAMPLING_PARAMETERS | {
+    "min_p",
+    LOGPROBS,
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    NUM_GENERATED,
+    LOGIT_BIAS,
+    ALLOWED_TOKEN_IDS,
+    BANNED_TOKEN_IDS,
+}
+"""Parameters that say how a token is chosen, of any request that chooses one."""
 
 
 TRITON_PARAMETERS = frozenset(

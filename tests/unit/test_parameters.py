@@ -20,7 +20,7 @@ from inplace.parameters import (
     RequestKind,
     parse_parameters,
 )
-from inplace.runtime.sampling import SamplingParams
+from inplace.runtime.requests import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 RESERVED = "cache_salt from restore"

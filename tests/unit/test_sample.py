@@ -16,7 +16,7 @@ from inplace.kernels.gumbel import (
 from inplace.operators import argmax, sample
 from inplace.parameters import Parameter
 from inplace.plugins import OPERATIONS, SampleOperation
-from inplace.runtime.sampling import GREEDY, SamplingParams
+from inplace.runtime.requests import GREEDY, SamplingParams
 from inplace_builder.capture.decoder import DecoderOptions, decoder_program
 from support.interpreter import needs_interpreter, run_interpreted
 from support.long import long_except

@@ -16,7 +16,9 @@ from inplace.operators import SampledTokens, argmax, sample, sample_with_options
 from inplace.parameters import MAX_LOGPROBS as MOST_LOGPROBS
 from inplace.parameters import Parameter
 from inplace.plugins import SampleOptionsOperation
-from inplace.runtime.sampling import SamplingParams, ScoreAdjustments
+from inplace.runtime.batcher import sampling_values
+from inplace.runtime.requests import GREEDY, SamplingParams, check_available
+from inplace.runtime.sampling import ScoreAdjustments
 from inplace.schema.served import Program
 from inplace.schema.specs import SAMPLING_OPTION_ROLES, Role
 from inplace_builder.capture.decoder import DecoderOptions, decoder_program
@@ -293,6 +295,26 @@ def test_an_engine_without_options_refuses_them_and_takes_what_asks_for_nothing(
         SamplingParams.parse({name: value}, OLDER)
     neutral: dict[str, Parameter] = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": "0"}
     assert SamplingParams.parse({**neutral, "top_p": 0.5}, OLDER) == SamplingParams(top_p=0.5)
+
+
+def test_min_tokens_is_refused_with_what_to_build() -> None:
+    check_available({"min_tokens": 0}, {"min_tokens": 0}, OLDER)
+    check_available({"min_tokens": 2}, {"min_tokens": 2}, PROGRAM)
+    greedy = OLDER.model_copy(
+        update={"outputs": (OLDER.outputs[0].model_copy(update={"sampled_from": None}),)}
+    )
+    for program, advice in [(OLDER, "build it again"), (greedy, "build an engine that samples")]:
+        with pytest.raises(RequestError, match=f"send 0 or leave it out, or {advice}"):
+            check_available({"min_tokens": "2"}, {"min_tokens": 2}, program)
+
+
+def test_inputs_of_greedy_rows_take_no_memory() -> None:
+    spec = next(each for each in PROGRAM.inputs if each.role is Role.ADJUSTMENTS)
+    inputs = [sampling_values(spec, [GREEDY] * 64, [None] * 64) for _ in range(2)]
+    assert inputs[0] is inputs[1]
+    assert inputs[0].shape == (64, *spec.shape)
+    assert not inputs[0].any()
+    assert inputs[0].untyped_storage().nbytes() == spec.dtype.as_torch.itemsize
 
 
 @pytest.mark.parametrize("missing", SAMPLING_OPTION_ROLES)

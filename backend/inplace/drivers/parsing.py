@@ -31,8 +31,7 @@ from inplace.protocol import (
 )
 from inplace.runtime.audio import check_audio_parameters
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.requests import Request, ValidatedRequest
-from inplace.runtime.sampling import SamplingParams
+from inplace.runtime.requests import Request, SamplingParams, ValidatedRequest, check_available
 from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.served import Program
 from inplace.schema.specs import JOINED_ROLES, LOGPROB_ROLES, Role
@@ -192,12 +191,9 @@ class RequestParser:
         self, request: Request, texts: Mapping[str, tuple[bytes, ...]]
     ) -> GenerationLimits:
         limits = GenerationLimits.parse(request, texts, self._special_tokens)
-        if limits.min_tokens and not self._instance.program.max_adjusted:
-            raise RequestError(
-                Code.BAD_PARAMETER,
-                f"parameter {MIN_TOKENS!r} is {limits.min_tokens}; this engine was built without"
-                f" this parameter: leave it out, or build it again",
-            )
+        if MIN_TOKENS in request.parameters:
+            values = {MIN_TOKENS: limits.min_tokens}
+            check_available(request.parameters, values, self._instance.program)
         if limits.stop and self._tokenizer_config.tokenizer is None:
             raise RequestError(
                 Code.BAD_PARAMETER,

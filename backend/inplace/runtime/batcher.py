@@ -13,18 +13,19 @@ from torch import Tensor
 
 from inplace.errors import RequestError
 from inplace.protocol import TOP_LOGPROBS, TOP_TOKENS
-from inplace.runtime.requests import Request
-from inplace.runtime.sampling import (
-    GREEDY,
-    SamplingParams,
-    ScoreAdjustments,
-    greedy_values,
-    option_values,
-)
+from inplace.runtime.requests import GREEDY, Request, SamplingParams
+from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import SequenceState
 from inplace.schema.schedule import Call, Loop
 from inplace.schema.served import Program
-from inplace.schema.specs import ENTRY_ROLES, JOINED_ROLES, SAMPLING_OPTION_ROLES, Role, TensorSpec
+from inplace.schema.specs import (
+    ENTRY_ROLES,
+    JOINED_ROLES,
+    SAMPLING_OPTION_ROLES,
+    Dtype,
+    Role,
+    TensorSpec,
+)
 
 TOP_OUTPUTS = frozenset({TOP_LOGPROBS, TOP_TOKENS})
 """Outputs of which a request gets as many entries as it asks for."""
@@ -347,6 +348,7 @@ def form_batch(
         for active in (rows[row] for row in adjusted):
             if active.decode_token is not None:
                 active.count(active.decode_token)
+    adjustments = _adjustments(rows, adjusted)
     columns = _position_columns(rows, counts, decode_only=counts is waiting)
     inputs: dict[str, Tensor] = {}
     for spec in program.inputs:
@@ -360,24 +362,22 @@ def form_batch(
         else:
             values = columns.get(spec.role)
             if values is None and greedy:
-                inputs[spec.name] = greedy_values(spec.role, spec.dtype, (len(rows), *spec.shape))
+                inputs[spec.name] = _greedy_values(spec.role, spec.dtype, (len(rows), *spec.shape))
             elif values is not None:
                 inputs[spec.name] = torch.from_numpy(values.astype(spec.dtype.value, copy=False))
-            elif spec.role in SAMPLING_OPTION_ROLES:
-                inputs[spec.name] = option_values(
-                    spec, sampling_params, _adjustments(rows, adjusted)
-                )
             else:
-                inputs[spec.name] = _sampling_values(spec, sampling_params)
+                inputs[spec.name] = sampling_values(spec, sampling_params, adjustments)
     return Batch(rows, counts, inputs, sampling_params, adjusted)
 
 
 def _adjustments(
     rows: Sequence[ActiveRequest], adjusted: Sequence[int]
 ) -> list[ScoreAdjustments | None]:
-    """The adjustments of each row of a step in which so many rows have them."""
-    some = set(adjusted)
-    return [active.adjustments if row in some else None for row, active in enumerate(rows)]
+    """The adjustments of each row of a step in which these rows have them."""
+    adjustments: list[ScoreAdjustments | None] = [None] * len(rows)
+    for row in adjusted:
+        adjustments[row] = rows[row].adjustments
+    return adjustments
 
 
 ADVANCING_ROLES = (Role.POSITIONS, Role.WRITE_INDICES, Role.NEXT_POSITIONS)
@@ -393,15 +393,14 @@ def next_decode_batch(program: Program, batch: Batch, tokens: Tensor) -> Batch:
     """
     inputs, rows = dict(batch.inputs), batch.rows
     changed = sum(rows[row].count(int(tokens[row])) for row in batch.adjusted)
+    adjustments = _adjustments(rows, batch.adjusted)
     for spec in program.inputs:
         if spec.role is Role.TOKENS:
             inputs[spec.name] = tokens.flatten().to(spec.dtype.as_torch)
         elif spec.role in ADVANCING_ROLES:
             inputs[spec.name] = torch.from_numpy(inputs[spec.name].numpy() + 1)
         elif changed and spec.role in SAMPLING_OPTION_ROLES:
-            inputs[spec.name] = option_values(
-                spec, batch.sampling_params, _adjustments(rows, batch.adjusted)
-            )
+            inputs[spec.name] = sampling_values(spec, batch.sampling_params, adjustments)
     return replace(batch, inputs=inputs)
 
 
@@ -484,7 +483,42 @@ def _pack_tokens(spec: TensorSpec, rows: list[ActiveRequest], counts: list[int])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _sampling_values(spec: TensorSpec, sampling_params: list[SamplingParams]) -> Tensor:
-    """One field of the sampling parameters of all rows."""
-    values = [getattr(params, spec.role) for params in sampling_params]
-    return torch.from_numpy(np.array(values, dtype=spec.dtype.value))
+def sampling_values(
+    spec: TensorSpec,
+    params: Sequence[SamplingParams],
+    adjustments: Sequence[ScoreAdjustments | None],
+) -> Tensor:
+    """The input of a sampling role for all rows.
+
+    Args:
+        spec: the input.
+        params: of each row.
+        adjustments: of each row; None where no score is adjusted.
+    """
+    match spec.role:
+        case Role.NUM_ADJUSTED:
+            values: list[Any] = [0 if each is None else each.number for each in adjustments]
+            return torch.from_numpy(np.array(values, dtype=spec.dtype.value))
+        case Role.ADJUSTED_TOKENS | Role.ADJUSTMENTS:
+            if all(each is None for each in adjustments):
+                return _greedy_values(spec.role, spec.dtype, (len(params), *spec.shape))
+            name = "tokens" if spec.role is Role.ADJUSTED_TOKENS else "values"
+            rows = np.zeros((len(params), *spec.shape), dtype=spec.dtype.value)
+            for row, each in enumerate(adjustments):
+                if each is not None:
+                    rows[row] = getattr(each, name)
+            return torch.from_numpy(rows)
+        case _:
+            values = [getattr(each, spec.role) for each in params]
+            return torch.from_numpy(np.array(values, dtype=spec.dtype.value))
+
+
+@cache
+def _greedy_values(role: Role, dtype: Dtype, shape: tuple[int, ...]) -> Tensor:
+    """The input of a sampling role where every row is `GREEDY`.
+
+    The same tensor each time, which nothing changes: engines that have it already leave it. It is
+    one number of memory, expanded: a tensor for each number of rows is kept.
+    """
+    value = getattr(GREEDY, role, 0)  # 0 for adjustments
+    return torch.tensor(value, dtype=dtype.as_torch).expand(shape)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,18 +12,191 @@ from torch import Tensor
 from inplace.errors import Code, RequestError
 from inplace.parameters import (
     AUDIO_PARAMETERS,
+    BASIC_SAMPLING_PARAMETERS,
     BY_NAME,
     SAMPLING_PARAMETERS,
     Parameter,
     RequestKind,
 )
-from inplace.protocol import GROUP, MAX_TOKENS, NUM_GENERATED, POSITION, SEQUENCE_KEY
+from inplace.protocol import (
+    ALLOWED_TOKEN_IDS,
+    BANNED_TOKEN_IDS,
+    GROUP,
+    LOGIT_BIAS,
+    LOGPROBS,
+    MAX_TOKENS,
+    NUM_GENERATED,
+    POSITION,
+    SEQUENCE_KEY,
+    TOKEN_LOGPROBS,
+    TOP_LOGPROBS,
+    TOP_TOKENS,
+)
 from inplace.runtime.audio import check_audio_parameters, read_audio, read_option
-from inplace.runtime.sampling import GREEDY, SamplingParams
 from inplace.runtime.slots import SequenceId
 from inplace.schema.schedule import Schedule
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What the sampling operator gets for one row.
+
+    The fields are named as the request parameters.
+
+    Attributes:
+        temperature: divides the scores; 0 takes the token with the largest score.
+        top_k: keep this many of the largest scores; 0 keeps all.
+        top_p: of those, keep the largest that together have this probability; 1 keeps all.
+        seed: of the random numbers, which depend on it and on the token's position alone.
+        min_p: of those, keep the tokens that have this part of the largest probability.
+        logprobs: how many of the most likely tokens are returned with their log-probabilities,
+            beside the chosen one; None for no log-probabilities at all.
+        repetition_penalty: divides positive scores of tokens that the sequence has, and multiplies
+            their negative scores (Keskar et al., arXiv:1909.05858, as transformers'
+            ``RepetitionPenaltyLogitsProcessor``).
+        presence_penalty, frequency_penalty: subtracted from the scores of tokens that were
+            generated, the second as often as they were (as OpenAI defines them, and vLLM's
+            ``apply_penalties``).
+        logit_bias: tokens, and what is added to their scores.
+        allowed_token_ids: the only tokens that may be chosen; empty for all.
+        banned_token_ids: tokens that may not be chosen.
+        num_generated: how many of the last tokens before the one that is chosen count as generated.
+        min_tokens: before so many generated tokens none of ``end_token_ids`` may be chosen.
+        end_token_ids: the tokens that would end the generation.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    min_p: float = 0.0
+    logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
+    num_generated: int = 0
+    min_tokens: int = 0
+    end_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def num_logprobs(self) -> int:
+        """The value of the role ``num_logprobs``."""
+        return 0 if self.logprobs is None else self.logprobs + 1
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the scores depend on the tokens so far."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @property
+    def counts_generated(self) -> bool:
+        """Whether the scores depend on which tokens were generated."""
+        return (self.presence_penalty, self.frequency_penalty) != (0, 0)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether any score is adjusted."""
+        return bool(
+            self.counts_tokens
+            or self.logit_bias
+            or self.allowed_token_ids
+            or self.banned_token_ids
+            or self.min_tokens
+        )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the token with the largest score is taken, and nothing else is asked for."""
+        return self.temperature == 0 and self.logprobs is None and not self.adjusts
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        """The names of the outputs with log-probabilities that it asks for."""
+        if self.logprobs is None:
+            return frozenset()
+        top = (TOP_LOGPROBS, TOP_TOKENS) if self.logprobs else ()
+        return frozenset({TOKEN_LOGPROBS, *top})
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Parameter], program: Program) -> Self:
+        """Read the sampling parameters of a request; absent ones have their default.
+
+        Args:
+            parameters: the request's parameters; numbers may be texts.
+            program: the program that chooses the token.
+
+        Raises:
+            RequestError: BAD_PARAMETER, one of them is not a number or out of range, or the program
+                does not have it and its value is not what it is if absent. All are checked, also
+                where the temperature is 0.
+        """
+        values: dict[str, Any] = {
+            name: BY_NAME[name].parse(parameters[name])
+            for name in SAMPLING_PARAMETERS
+            if name in parameters
+        }
+        check_available(parameters, values, program)
+        if not program.vocab_size:
+            return cls()
+        _check_vocabulary(parameters, values, program.vocab_size)
+        if (most := values.get(LOGPROBS)) is not None and most > program.vocab_size:
+            raise BY_NAME[LOGPROBS].refusal(most, f"at most {program.vocab_size} tokens")
+        return cls(**values)
+
+
+GREEDY = SamplingParams()
+
+
+def check_available(
+    parameters: Mapping[str, Parameter], values: Mapping[str, Any], program: Program
+) -> None:
+    """Refuse parameters that the program cannot use, unless they ask for nothing.
+
+    Args:
+        parameters: of the request.
+        values: those of them that are fields of `SamplingParams`, parsed.
+        program: the program that chooses the token.
+
+    Raises:
+        RequestError: BAD_PARAMETER.
+    """
+    if program.max_adjusted:
+        return
+    for name in sorted(values):
+        if program.vocab_size and name in BASIC_SAMPLING_PARAMETERS:
+            continue
+        default = getattr(GREEDY, name)
+        if values[name] != default:
+            reason, engine = (
+                ("was built without this parameter", "it again")
+                if program.vocab_size
+                else ("does not sample", "an engine that samples")
+            )
+            absent = default in (None, ())
+            send = "leave it out" if absent else f"send {default} or leave it out"
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"parameter {name!r} is {parameters[name]!r}; this engine {reason}: {send}, or"
+                f" build {engine}",
+            )
+
+
+def _check_vocabulary(
+    parameters: Mapping[str, Parameter], values: Mapping[str, Any], vocab_size: int
+) -> None:
+    if values.get("top_k", 0) > vocab_size:
+        limits = f"a whole number from 0 (all) to {vocab_size}, the size of the vocabulary"
+        raise BY_NAME["top_k"].refusal(parameters["top_k"], limits)
+    for name in (ALLOWED_TOKEN_IDS, BANNED_TOKEN_IDS):
+        if any(token >= vocab_size for token in values.get(name, ())):
+            raise BY_NAME[name].refusal(parameters[name], f"token ids below {vocab_size}")
+    if any(token >= vocab_size for token, _ in values.get(LOGIT_BIAS, ())):
+        raise BY_NAME[LOGIT_BIAS].refusal(parameters[LOGIT_BIAS], f"token ids below {vocab_size}")
 
 
 @dataclass(slots=True)

@@ -1,185 +1,20 @@
-"""How the next token of a request is chosen: its parameters, and the scores that they adjust.
+"""The scores that a request adjusts: by penalties, biases and masks.
 
 Penalties count tokens, and only the host knows which tokens a sequence has. So the host makes a
-list of adjusted tokens for each row that has penalties, biases or masks, and the sampling operator
-needs no state (docs/adr/0037-sampling-options.md).
+list of adjusted tokens for each row that has any, and the sampling operator needs no state
+(docs/adr/0037-sampling-options.md).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Sequence
 from math import inf
-from typing import Any, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from inplace.errors import Code, RequestError
-from inplace.parameters import BY_NAME, SAMPLING_OPTIONS, SAMPLING_PARAMETERS, Parameter
-from inplace.protocol import (
-    ALLOWED_TOKEN_IDS,
-    BANNED_TOKEN_IDS,
-    LOGIT_BIAS,
-    LOGPROBS,
-    NUM_GENERATED,
-    TOKEN_LOGPROBS,
-    TOP_LOGPROBS,
-    TOP_TOKENS,
-)
+from inplace.parameters import BY_NAME
+from inplace.protocol import ALLOWED_TOKEN_IDS, BANNED_TOKEN_IDS, NUM_GENERATED
+from inplace.runtime.requests import SamplingParams
 from inplace.schema.served import Program
-from inplace.schema.specs import Dtype, Role, TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """What the sampling operator gets for one row.
-
-    The fields are named as the request parameters.
-
-    Attributes:
-        temperature: divides the scores; 0 takes the token with the largest score.
-        top_k: keep this many of the largest scores; 0 keeps all.
-        top_p: of those, keep the largest that together have this probability; 1 keeps all.
-        seed: of the random numbers, which depend on it and on the token's position alone.
-        min_p: of those, keep the tokens that have this part of the largest probability.
-        logprobs: how many of the most likely tokens are returned with their log-probabilities,
-            beside the chosen one; None for no log-probabilities at all.
-        repetition_penalty: divides positive scores of tokens that the sequence has, and multiplies
-            their negative scores (Keskar et al., arXiv:1909.05858, as transformers'
-            ``RepetitionPenaltyLogitsProcessor``).
-        presence_penalty, frequency_penalty: subtracted from the scores of tokens that were
-            generated, the second as often as they were (as OpenAI defines them, and vLLM's
-            ``apply_penalties``).
-        logit_bias: tokens, and what is added to their scores.
-        allowed_token_ids: the only tokens that may be chosen; empty for all.
-        banned_token_ids: tokens that may not be chosen.
-        num_generated: how many of the last tokens before the one that is chosen count as generated.
-        min_tokens: before so many generated tokens none of ``end_token_ids`` may be chosen.
-        end_token_ids: the tokens that would end the generation.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    min_p: float = 0.0
-    logprobs: int | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    allowed_token_ids: tuple[int, ...] = ()
-    banned_token_ids: tuple[int, ...] = ()
-    num_generated: int = 0
-    min_tokens: int = 0
-    end_token_ids: frozenset[int] = frozenset()
-
-    @property
-    def num_logprobs(self) -> int:
-        """The value of the role ``num_logprobs``."""
-        return 0 if self.logprobs is None else self.logprobs + 1
-
-    @property
-    def counts_tokens(self) -> bool:
-        """Whether the scores depend on the tokens so far."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
-
-    @property
-    def counts_generated(self) -> bool:
-        """Whether the scores depend on which tokens were generated."""
-        return (self.presence_penalty, self.frequency_penalty) != (0, 0)
-
-    @property
-    def adjusts(self) -> bool:
-        """Whether any score is adjusted."""
-        return bool(
-            self.counts_tokens
-            or self.logit_bias
-            or self.allowed_token_ids
-            or self.banned_token_ids
-            or self.min_tokens
-        )
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the token with the largest score is taken, and nothing else is asked for."""
-        return self.temperature == 0 and self.logprobs is None and not self.adjusts
-
-    @property
-    def outputs(self) -> frozenset[str]:
-        """The names of the outputs with log-probabilities that it asks for."""
-        if self.logprobs is None:
-            return frozenset()
-        top = (TOP_LOGPROBS, TOP_TOKENS) if self.logprobs else ()
-        return frozenset({TOKEN_LOGPROBS, *top})
-
-    @classmethod
-    def parse(cls, parameters: Mapping[str, Parameter], program: Program) -> Self:
-        """Read the sampling parameters of a request; absent ones have their default.
-
-        Args:
-            parameters: the request's parameters; numbers may be texts.
-            program: the program that chooses the token.
-
-        Raises:
-            RequestError: BAD_PARAMETER, one of them is not a number or out of range, or the program
-                does not have it and its value is not what it is if absent. All are checked, also
-                where the temperature is 0.
-        """
-        values: dict[str, Any] = {
-            name: BY_NAME[name].parse(parameters[name])
-            for name in SAMPLING_PARAMETERS
-            if name in parameters
-        }
-        _check_available(parameters, values, program)
-        if not program.vocab_size:
-            return cls()
-        _check_vocabulary(parameters, values, program.vocab_size)
-        if (most := values.get(LOGPROBS)) is not None and most > program.vocab_size:
-            raise BY_NAME[LOGPROBS].refusal(most, f"at most {program.vocab_size} tokens")
-        return cls(**values)
-
-
-GREEDY = SamplingParams()
-
-
-def _check_available(
-    parameters: Mapping[str, Parameter], values: Mapping[str, Any], program: Program
-) -> None:
-    """Refuse parameters that the program cannot use, unless they ask for nothing."""
-    if program.max_adjusted:
-        return
-    for name in sorted(values):
-        if program.vocab_size and name not in SAMPLING_OPTIONS:
-            continue
-        default = getattr(GREEDY, name)
-        if values[name] != default:
-            reason, engine = (
-                ("was built without this parameter", "it again")
-                if program.vocab_size
-                else ("does not sample", "an engine that samples")
-            )
-            absent = default in (None, ())
-            send = "leave it out" if absent else f"send {default} or leave it out"
-            raise RequestError(
-                Code.BAD_PARAMETER,
-                f"parameter {name!r} is {parameters[name]!r}; this engine {reason}: {send}, or"
-                f" build {engine}",
-            )
-
-
-def _check_vocabulary(
-    parameters: Mapping[str, Parameter], values: Mapping[str, Any], vocab_size: int
-) -> None:
-    if values.get("top_k", 0) > vocab_size:
-        limits = f"a whole number from 0 (all) to {vocab_size}, the size of the vocabulary"
-        raise BY_NAME["top_k"].refusal(parameters["top_k"], limits)
-    for name in (ALLOWED_TOKEN_IDS, BANNED_TOKEN_IDS):
-        if any(token >= vocab_size for token in values.get(name, ())):
-            raise BY_NAME[name].refusal(parameters[name], f"token ids below {vocab_size}")
-    if any(token >= vocab_size for token, _ in values.get(LOGIT_BIAS, ())):
-        raise BY_NAME[LOGIT_BIAS].refusal(parameters[LOGIT_BIAS], f"token ids below {vocab_size}")
 
 
 class ScoreAdjustments:
@@ -309,43 +144,3 @@ class ScoreAdjustments:
                 f" tokens ({listed} now, {new} that may be generated), and this engine takes"
                 f" {program.max_adjusted}: lower 'max_tokens', or leave the penalties out",
             )
-
-
-def option_values(
-    spec: TensorSpec,
-    params: Sequence[SamplingParams],
-    adjustments: Sequence[ScoreAdjustments | None],
-) -> Tensor:
-    """The input of a role of `SAMPLING_OPTION_ROLES` for all rows.
-
-    Args:
-        spec: the input.
-        params: of each row.
-        adjustments: of each row; None where nothing is adjusted.
-    """
-    match spec.role:
-        case Role.MIN_P | Role.NUM_LOGPROBS:
-            values: list[Any] = [getattr(each, spec.role) for each in params]
-            return torch.from_numpy(np.array(values, dtype=spec.dtype.value))
-        case Role.NUM_ADJUSTED:
-            values = [0 if each is None else each.number for each in adjustments]
-            return torch.from_numpy(np.array(values, dtype=spec.dtype.value))
-        case _:
-            if all(each is None for each in adjustments):
-                return greedy_values(spec.role, spec.dtype, (len(params), *spec.shape))
-            name = "tokens" if spec.role is Role.ADJUSTED_TOKENS else "values"
-            rows = np.zeros((len(params), *spec.shape), dtype=spec.dtype.value)
-            for row, each in enumerate(adjustments):
-                if each is not None:
-                    rows[row] = getattr(each, name)
-            return torch.from_numpy(rows)
-
-
-@cache
-def greedy_values(role: Role, dtype: Dtype, shape: tuple[int, ...]) -> Tensor:
-    """The input of a sampling role where every row is `GREEDY`.
-
-    The same tensor each time, which nothing changes: engines that have it already leave it.
-    """
-    value = getattr(GREEDY, role, 0)  # 0 for adjustments
-    return torch.full(shape, value, dtype=dtype.as_torch)

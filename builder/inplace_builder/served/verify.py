@@ -13,11 +13,10 @@ import torch
 from inplace.operators import sample, sample_with_options
 from inplace.parameters import Parameter
 from inplace.protocol import LOGIT_BIAS, LOGPROBS
-from inplace.runtime.batcher import ActiveRequest
+from inplace.runtime.batcher import ActiveRequest, sampling_values
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.requests import Request
-from inplace.runtime.sampling import option_values
 from inplace.schema.files import EngineFolder
 from inplace.schema.schedule import STEP
 from inplace.schema.served import Manifest, Program
@@ -331,22 +330,15 @@ class _OutputComparison:
         scores = request.outputs[self._sampled.sampled_from or ""]
         params, length = request.sampling_params, request.sequence.length
         arguments = [
-            torch.tensor(
-                [length if spec.role is Role.NEXT_POSITIONS else getattr(params, spec.role)],
-                dtype=spec.dtype.as_torch,
-            )
-            for role in SAMPLING_ROLES
+            torch.tensor([length], dtype=spec.dtype.as_torch)
+            if role is Role.NEXT_POSITIONS
+            else sampling_values(spec, [params], [request.adjustments])
+            for role in (*SAMPLING_ROLES, *SAMPLING_OPTION_ROLES)
             for spec in self._inputs
             if spec.role is role
         ]
         if not self._program.max_adjusted:
             return {self._sampled.name: sample(scores, *arguments)}
-        arguments += [
-            option_values(spec, [params], [request.adjustments])
-            for role in SAMPLING_OPTION_ROLES
-            for spec in self._inputs
-            if spec.role is role
-        ]
         tokens, *logprobs = sample_with_options(scores, *arguments)
         outputs = dict(zip(LOGPROB_ROLES, logprobs, strict=True))
         return {self._sampled.name: tokens} | {

@@ -461,3 +461,8 @@ def test_biases_and_token_ids_are_sent_as_texts() -> None:
     ) == {"logit_bias": "7:2.0,9:-4.5", "allowed_token_ids": "1,2"}
     with pytest.raises(TypeError, match="parameter 'seed' is"):
         encode_parameters({"seed": {1: 2}})
+    # no token allowed is not the same as all of them: the server refuses the empty text
+    assert encode_parameters({"allowed_token_ids": []}) == {"allowed_token_ids": ""}
+    for given in ({"stop_token_ids": [1.5]}, {"logit_bias": {1.5: 2.0}}):
+        with pytest.raises(TypeError, match=r"is [\[{]1\.5"):
+            encode_parameters(given)

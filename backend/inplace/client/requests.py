@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
 from typing import Any, TypedDict, cast
 from urllib.parse import quote
 
@@ -44,7 +45,12 @@ mapping."""
 
 
 TOKEN_ID_PARAMETERS = frozenset({STOP_TOKEN_IDS, ALLOWED_TOKEN_IDS, BANNED_TOKEN_IDS})
-"""The parameters that may be sequences of integers; where they are empty, they are not sent."""
+"""The parameters that may be sequences of integers."""
+
+
+UNSENT_IF_EMPTY = frozenset({STOP_TOKEN_IDS, BANNED_TOKEN_IDS, LOGIT_BIAS})
+"""The parameters that ask for nothing where they are empty. `ALLOWED_TOKEN_IDS` would allow no
+token; the server refuses that."""
 
 
 MAX_SEQUENCE_ID_BYTES = 128
@@ -333,18 +339,25 @@ def encode_parameters(parameters: Mapping[str, object]) -> dict[str, str | int |
             encoded[name] = repr(value)
         elif isinstance(value, str | int):
             encoded[name] = value
-        elif name in TOKEN_ID_PARAMETERS and isinstance(value, Sequence | np.ndarray):
-            encoded[name] = ",".join(str(int(token)) for token in value)
-        elif name == LOGIT_BIAS and isinstance(value, Mapping):
-            encoded[name] = ",".join(
-                f"{int(token)}:{float(bias)!r}" for token, bias in value.items()
-            )
-        else:
+        elif (text := _list_text(name, value)) is None:
             raise TypeError(
                 f"parameter {name!r} is {given!r}; expected a string, a number or a boolean"
             )
-    lists = TOKEN_ID_PARAMETERS | {LOGIT_BIAS}
-    return {name: value for name, value in encoded.items() if name not in lists or value != ""}
+        elif text or name not in UNSENT_IF_EMPTY:
+            encoded[name] = text
+    return encoded
+
+
+def _list_text(name: str, value: object) -> str | None:
+    """Token ids, or their biases, as a text; None for anything else."""
+    try:
+        if name in TOKEN_ID_PARAMETERS and isinstance(value, Sequence | np.ndarray):
+            return ",".join(str(index(token)) for token in value)
+        if name == LOGIT_BIAS and isinstance(value, Mapping):
+            return ",".join(f"{index(token)}:{float(bias)!r}" for token, bias in value.items())
+    except TypeError:  # a token is no integer
+        return None
+    return None
 
 
 def check_parameters(request: InferRequest) -> None:

@@ -211,6 +211,13 @@ class Reply:
     ) -> Outputs | RequestError:
         if final is not None and not isinstance(final.result, FinishReason):
             return final.result
+        outputs = self._outputs(tokens, final)
+        if FINISH_REASON in self.channel.requested_outputs:
+            outputs[FINISH_REASON] = "" if final is None else str(final.result)
+        return outputs
+
+    def _outputs(self, tokens: list[Any], final: FinalResponse | None) -> dict[str, Tensor | str]:
+        """The outputs of a response with these tokens, but for the reason why it is the last."""
         requested = self.channel.requested_outputs
         outputs: dict[str, Tensor | str] = {}
         if TOKENS in requested:
@@ -224,8 +231,6 @@ class Reply:
                 text += self._detokenizer.append(added)
                 text += "" if final is None else self._detokenizer.flush()
             outputs[TEXT_OUTPUT] = text if final is None else text + final.text
-        if FINISH_REASON in requested:
-            outputs[FINISH_REASON] = "" if final is None else str(final.result)
         return outputs
 
 
@@ -260,11 +265,7 @@ class ScheduleReply(Reply):
         self._make_detokenizer, self._ends = make_detokenizer, ends
         self.context: list[int] = []
 
-    def _make_answer(
-        self, tokens: list[Any], final: FinalResponse | None
-    ) -> Outputs | RequestError:
-        if final is not None and not isinstance(final.result, FinishReason):
-            return final.result
+    def _outputs(self, tokens: list[Any], final: FinalResponse | None) -> dict[str, Tensor | str]:
         requested = self.channel.requested_outputs
         joined: dict[str, list[int]] = {name: [] for name in self._token_outputs}
         for piece in tokens:
@@ -277,8 +278,6 @@ class ScheduleReply(Reply):
         }
         if self._make_detokenizer is not None:
             outputs[TEXT_OUTPUT] = self._text(joined[self.text_from], final)
-        if FINISH_REASON in requested:
-            outputs[FINISH_REASON] = "" if final is None else str(final.result)
         return outputs if final is None else {**outputs, **final.outputs}
 
     def _text(self, tokens: list[int], final: FinalResponse | None) -> str:

@@ -38,9 +38,7 @@ from inplace.kernels.gumbel import (
 )
 from inplace.operators.library import LIBRARY, define
 
-_ARGUMENTS = (
-    "Tensor scores, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seeds, Tensor positions"
-)
+_PARAMETERS = "Tensor temperature, Tensor top_k, Tensor top_p, Tensor seeds, Tensor positions"
 
 
 _OPTIONS = (
@@ -49,13 +47,42 @@ _OPTIONS = (
 )
 
 
-define("sample", f"({_ARGUMENTS}) -> Tensor")
+define("sample", f"(Tensor scores, {_PARAMETERS}) -> Tensor")
 
 
-define("sample.options", f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
+define(
+    "sample.options",
+    f"(Tensor scores, {_PARAMETERS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 define("argmax", "(Tensor scores) -> Tensor")
+
+
+class _Parameters(NamedTuple):
+    """The arguments of `sample` after the scores."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seeds: Tensor
+    positions: Tensor
+
+
+class _Options(NamedTuple):
+    """The further arguments of `sample_with_options`."""
+
+    min_p: Tensor
+    num_logprobs: Tensor
+    num_adjusted: Tensor
+    adjusted_tokens: Tensor
+    adjustments: Tensor
+
+
+def _split(arguments: tuple[Tensor, ...]) -> tuple[_Parameters, _Options]:
+    """The arguments of `sample_with_options` after the scores."""
+    count = len(_Parameters._fields)
+    return _Parameters(*arguments[:count]), _Options(*arguments[count:])
 
 
 class SampledTokens(NamedTuple):
@@ -85,16 +112,14 @@ def _argmax_fake(scores: Tensor) -> Tensor:
 
 
 @torch.library.impl(LIBRARY, "sample", "CompositeExplicitAutograd")
-def _sample(
-    scores: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    min_p: Tensor | None = None,
-) -> Tensor:
+def _sample(scores: Tensor, *arguments: Tensor) -> Tensor:
+    return _choose(scores, _Parameters(*arguments))
+
+
+def _choose(scores: Tensor, parameters: _Parameters, min_p: Tensor | None = None) -> Tensor:
+    """Each row's next token."""
     out = scores.argmax(-1, keepdim=True)
+    temperature, top_k, top_p, seeds, positions = parameters
     for row in (temperature > 0).nonzero().flatten().tolist():
         row_temperature = temperature[row].clamp(min=MIN_TEMPERATURE)
         noise = gumbel_noise(
@@ -109,35 +134,27 @@ def _sample(
 
 
 @torch.library.impl(LIBRARY, "sample.options", "CompositeExplicitAutograd")
-def _sample_options(
-    scores: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    min_p: Tensor,
-    num_logprobs: Tensor,
-    num_adjusted: Tensor,
-    adjusted_tokens: Tensor,
-    adjustments: Tensor,
-) -> SampledTokens:
+def _sample_options(scores: Tensor, *arguments: Tensor) -> SampledTokens:
+    parameters, options = _split(arguments)
     adjusted = scores
-    if rows := num_adjusted.nonzero().flatten().tolist():
+    if rows := options.num_adjusted.nonzero().flatten().tolist():
         adjusted = scores.clone()
         for row in rows:
             adjusted[row] = _adjusted_row(
-                scores[row], int(num_adjusted[row]), adjusted_tokens[row], adjustments[row]
+                scores[row],
+                int(options.num_adjusted[row]),
+                options.adjusted_tokens[row],
+                options.adjustments[row],
             )
-    tokens = _sample(adjusted, temperature, top_k, top_p, seeds, positions, min_p)
+    tokens = _choose(adjusted, parameters, options.min_p)
     out = SampledTokens(
         tokens,
         scores.new_zeros(tokens.shape),
         scores.new_zeros((len(tokens), MAX_LOGPROBS)),
         tokens.new_zeros((len(tokens), MAX_LOGPROBS)),
     )
-    for row in num_logprobs.nonzero().flatten().tolist():
-        _put_logprobs(out, row, scores[row : row + 1], int(num_logprobs[row]) - 1)
+    for row in options.num_logprobs.nonzero().flatten().tolist():
+        _put_logprobs(out, row, scores[row : row + 1], int(options.num_logprobs[row]) - 1)
     return out
 
 
@@ -164,64 +181,37 @@ def _put_logprobs(out: SampledTokens, row: int, scores: Tensor, number: int) -> 
 
 
 @torch.library.impl(LIBRARY, "sample", "CUDA")
-def _sample_on_gpu(
-    scores: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> Tensor:
+def _sample_on_gpu(scores: Tensor, *arguments: Tensor) -> Tensor:
     """`sample` in a Triton-language kernel, without a synchronisation with the host."""
-    return _launch(scores, temperature, top_k, top_p, seeds, positions)
+    return _launch(scores, _Parameters(*arguments))
 
 
 @torch.library.impl(LIBRARY, "sample.options", "CUDA")
-def _sample_options_on_gpu(
-    scores: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    min_p: Tensor,
-    num_logprobs: Tensor,
-    num_adjusted: Tensor,
-    adjusted_tokens: Tensor,
-    adjustments: Tensor,
-) -> SampledTokens:
+def _sample_options_on_gpu(scores: Tensor, *arguments: Tensor) -> SampledTokens:
     from inplace.kernels import sample as kernels  # imports Triton
 
+    parameters, given = _split(arguments)
     rows, count = scores.shape
     logprobs = scores.new_zeros((rows, 1))
     top_logprobs = scores.new_zeros((rows, MAX_LOGPROBS))
     top_tokens = scores.new_zeros((rows, MAX_LOGPROBS), dtype=torch.int64)
     options = kernels.SampleOptions(
-        min_p,
-        num_logprobs,
-        num_adjusted,
-        adjusted_tokens.contiguous(),
-        adjustments.contiguous(),
-        adjusted_tokens.shape[1],
+        given.min_p,
+        given.num_logprobs,
+        given.num_adjusted,
+        given.adjusted_tokens.contiguous(),
+        given.adjustments.contiguous(),
+        given.adjusted_tokens.shape[1],
         logprobs,
         top_logprobs,
         top_tokens,
         scores.new_empty(kernels.candidates_workspace(rows) // 4),
         scores.new_empty(kernels.adjusted_workspace(rows, count) // 4),
     )
-    tokens = _launch(scores, temperature, top_k, top_p, seeds, positions, options)
-    return SampledTokens(tokens, logprobs, top_logprobs, top_tokens)
+    return SampledTokens(_launch(scores, parameters, options), logprobs, top_logprobs, top_tokens)
 
 
-def _launch(
-    scores: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    options: Any = None,
-) -> Tensor:
+def _launch(scores: Tensor, parameters: _Parameters, options: Any = None) -> Tensor:
     """Launch the kernel; the tokens."""
     from inplace.kernels import sample as kernels  # imports Triton
 
@@ -229,11 +219,7 @@ def _launch(
     out = torch.empty((rows, 1), dtype=torch.int64, device=scores.device)
     kernels.sample(
         scores=scores.contiguous(),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seeds=seeds,
-        positions=positions,
+        **parameters._asdict(),
         out=out,
         workspace=torch.empty(
             kernels.sample_workspace(rows) // 4, dtype=torch.float32, device=scores.device
@@ -256,32 +242,13 @@ def _check_scores(scores: Tensor) -> None:
 
 
 @torch.library.register_fake("inplace::sample", lib=LIBRARY)
-def _sample_fake(
-    scores: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> Tensor:
+def _sample_fake(scores: Tensor, *arguments: Tensor) -> Tensor:
     _check_scores(scores)
     return scores.new_empty((scores.shape[0], 1), dtype=torch.int64)
 
 
 @torch.library.register_fake("inplace::sample.options", lib=LIBRARY)
-def _sample_options_fake(
-    scores: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    min_p: Tensor,
-    num_logprobs: Tensor,
-    num_adjusted: Tensor,
-    adjusted_tokens: Tensor,
-    adjustments: Tensor,
-) -> SampledTokens:
+def _sample_options_fake(scores: Tensor, *arguments: Tensor) -> SampledTokens:
     _check_scores(scores)
     rows = scores.shape[0]
     return SampledTokens(

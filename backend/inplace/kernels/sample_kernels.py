@@ -78,6 +78,20 @@ _NO_INDEX = tl.constexpr(2147483647)
 
 
 @triton.jit
+def _keep_larger(best, index, value, column):
+    """The larger of each lane, and where it is."""
+    larger = value > best
+    return tl.where(larger, value, best), tl.where(larger, column, index)
+
+
+@triton.jit
+def _first_max(best, index):
+    """The largest of all lanes, the first of equals."""
+    maximum = tl.max(best, 0)
+    return maximum, tl.min(tl.where(best == maximum, index, _NO_INDEX), 0)
+
+
+@triton.jit
 def argmax_kernel(
     scores, out, workspace, locks, count, split_size,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
@@ -96,11 +110,8 @@ def argmax_kernel(
     for start in range(begin, end, BLOCK):
         column = start + lane
         value = tl.load(row_scores + column, mask=column < end, other=float("-inf")).to(tl.float32)
-        larger = value > best
-        best = tl.where(larger, value, best)
-        best_index = tl.where(larger, column, best_index)
-    split_max = tl.max(best, 0)
-    split_index = tl.min(tl.where(best == split_max, best_index, 2147483647), 0)
+        best, best_index = _keep_larger(best, best_index, value, column)
+    split_max, split_index = _first_max(best, best_index)
     maxima = workspace + row * 2 * SPLITS
     indices = maxima + SPLITS
     tl.store(maxima + split, split_max)
@@ -112,12 +123,8 @@ def argmax_kernel(
         splits = tl.arange(0, SPLITS)
         all_maxima = tl.load(maxima + splits, volatile=True)
         all_indices = tl.load(indices + splits, volatile=True).to(tl.int32, bitcast=True)
-        tl.store(
-            out + row,
-            tl.min(tl.where(all_maxima == tl.max(all_maxima, 0), all_indices, 2147483647), 0).to(
-                tl.int64
-            ),
-        )
+        _, chosen = _first_max(all_maxima, all_indices)
+        tl.store(out + row, chosen.to(tl.int64))
 
 
 @triton.jit
@@ -166,17 +173,15 @@ def _noisy_score(value, bits, temperature):
 
 
 @triton.jit
-def _keep_larger(best, index, value, column):
-    """The larger of each lane, and where it is."""
-    larger = value > best
-    return tl.where(larger, value, best), tl.where(larger, column, index)
-
-
-@triton.jit
-def _first_max(best, index):
-    """The largest of all lanes, the first of equals."""
-    maximum = tl.max(best, 0)
-    return maximum, tl.min(tl.where(best == maximum, index, _NO_INDEX), 0)
+def _keep_noisiest(best, index, v0, v1, v2, v3, c0, counter, seed, position, temperature):
+    """Keep the larger noisy scores, of four tokens with one counter in each lane."""
+    zeros = tl.zeros_like(index)
+    b0, b1, b2, b3 = tl.philox(seed, counter, zeros, zeros + position, zeros)
+    best, index = _keep_larger(best, index, _noisy_score(v0, b0, temperature), c0)
+    best, index = _keep_larger(best, index, _noisy_score(v1, b1, temperature), c0 + _LANES)
+    best, index = _keep_larger(best, index, _noisy_score(v2, b2, temperature), c0 + 2 * _LANES)
+    best, index = _keep_larger(best, index, _noisy_score(v3, b3, temperature), c0 + 3 * _LANES)
+    return best, index
 
 
 @triton.jit
@@ -217,23 +222,13 @@ def _scan_above(
             number, mass = _count_above(number, mass, v2, pivot, top, temperature)
             number, mass = _count_above(number, mass, v3, pivot, top, temperature)
             if choose:
-                zeros = tl.zeros((QUARTER,), tl.int32)
-                b0, b1, b2, b3 = tl.philox(seed, start // 4 + lane, zeros, zeros + position, zeros)
-                best, index = _keep_larger(
+                best, index = _keep_noisiest(
                     best, index,
-                    tl.where(v0 > pivot, _noisy_score(v0, b0, temperature), float("-inf")), c0,
-                )  # fmt: skip
-                best, index = _keep_larger(
-                    best, index,
-                    tl.where(v1 > pivot, _noisy_score(v1, b1, temperature), float("-inf")), c1,
-                )  # fmt: skip
-                best, index = _keep_larger(
-                    best, index,
-                    tl.where(v2 > pivot, _noisy_score(v2, b2, temperature), float("-inf")), c2,
-                )  # fmt: skip
-                best, index = _keep_larger(
-                    best, index,
-                    tl.where(v3 > pivot, _noisy_score(v3, b3, temperature), float("-inf")), c3,
+                    tl.where(v0 > pivot, v0, float("-inf")),
+                    tl.where(v1 > pivot, v1, float("-inf")),
+                    tl.where(v2 > pivot, v2, float("-inf")),
+                    tl.where(v3 > pivot, v3, float("-inf")),
+                    c0, start // 4 + lane, seed, position, temperature,
                 )  # fmt: skip
     _, chosen = _first_max(best, index)
     return tl.sum(number, 0), tl.sum(mass, 0), chosen
@@ -459,20 +454,10 @@ def sample_kernel(
         top, top_index = _keep_larger(top, top_index, v2, c2)
         top, top_index = _keep_larger(top, top_index, v3, c3)
         if random:
-            zeros = tl.zeros((_LANES,), tl.int32)
-            b0, b1, b2, b3 = tl.philox(seed, start // 4 + lane, zeros, zeros + position, zeros)
-            best, best_index = _keep_larger(
-                best, best_index, _noisy_score(v0, b0, row_temperature), c0
-            )
-            best, best_index = _keep_larger(
-                best, best_index, _noisy_score(v1, b1, row_temperature), c1
-            )
-            best, best_index = _keep_larger(
-                best, best_index, _noisy_score(v2, b2, row_temperature), c2
-            )
-            best, best_index = _keep_larger(
-                best, best_index, _noisy_score(v3, b3, row_temperature), c3
-            )
+            best, best_index = _keep_noisiest(
+                best, best_index, v0, v1, v2, v3, c0, start // 4 + lane, seed, position,
+                row_temperature,
+            )  # fmt: skip
     results = workspace + row * 4 * SPLITS
     value, index = _first_max(top, top_index)
     tl.store(results + split, value)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inplace.engines.tensorrt.plan import check_native_aliases, open_plan
-from inplace.engines.tensorrt.steps import ExecutionContexts
+from inplace.engines.tensorrt.plan import ExecutionContexts, check_native_aliases, open_plan
 from inplace.errors import LoadError
 from inplace.schema.specs import evaluate_extent
 from inplace.schema.standalone import (

@@ -13,9 +13,14 @@ from torch import Tensor
 
 from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
-from inplace.engines.tensorrt.plan import check_native_aliases, input_names, open_plan
+from inplace.engines.tensorrt.plan import (
+    ExecutionContexts,
+    check_native_aliases,
+    input_names,
+    open_plan,
+)
 from inplace.engines.tensorrt.static_steps import StaticSlotSteps
-from inplace.engines.tensorrt.steps import DynamicSlotSteps, ExecutionContexts
+from inplace.engines.tensorrt.steps import DynamicSlotSteps
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
 from inplace.schema.files import EngineFolder

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
+from inplace.engines.tensorrt.plan import ExecutionContexts
 from inplace.engines.tensorrt.steps import (
     PACKED_ROLES,
-    ExecutionContexts,
     InputBuffers,
     StepSize,
     first_step,
+    on_stream,
     timed,
 )
 from inplace.schema.served import Program
@@ -43,7 +44,7 @@ class StaticSlotSteps:
         memory: bytes of device memory by what they are for: ``steps``, and ``copies``, the second
             buffers.
         moves_states: whether states swap with their second buffers.
-        on_stream: `ExecutionContexts.on_stream`.
+        on_stream: `inplace.engines.tensorrt.steps.on_stream` of the contexts' stream.
         overlaps: False, see `inplace.engines.base.StepEngine`.
     """
 
@@ -64,7 +65,7 @@ class StaticSlotSteps:
         self._buffers = (first, second)
         self._current = 0
         self.moves_states = bool(self._copied)
-        self.on_stream = contexts.on_stream
+        self.on_stream = partial(on_stream, contexts.stream)
         self._outputs = {
             spec.name: torch.empty(
                 (arena.slots, *spec.shape), dtype=spec.dtype.as_torch, device="cuda"

@@ -1,11 +1,10 @@
 """Steps of a TensorRT plan: padded to a captured size, replayed as a CUDA graph.
 
-`ExecutionContexts` binds tensors and enqueues steps of any plan. `DynamicSlotSteps` runs programs
-whose rows may use any slots, `inplace.engines.tensorrt.static_steps` the others.
+`DynamicSlotSteps` runs programs whose rows may use any slots,
+`inplace.engines.tensorrt.static_steps` the others.
 """
 
 import contextlib
-import gc
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ from torch import Tensor
 
 from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
-from inplace.engines.tensorrt.plan import OpenPlan, input_names
+from inplace.engines.tensorrt.plan import ExecutionContexts
 from inplace.errors import LoadError
-from inplace.schema.artifacts import Plan
 from inplace.schema.served import CompiledProgram, Program
 from inplace.schema.specs import CLIENT_ROLES, Role, TensorSpec
 
@@ -45,145 +43,16 @@ PACKED_ROLES = (Role.TOKENS, Role.POSITIONS)
 """Roles of inputs with an entry for each token."""
 
 
-class ExecutionContexts:
-    """The execution contexts of a plan, one for each profile, over one scratch memory.
+def on_stream(stream: torch.cuda.Stream) -> AbstractContextManager[object]:
+    """Make a stream that of the thread inside the block.
 
-    Args:
-        opened: the deserialized plan.
-        plan: its record in the manifest.
-        weights: inputs that are bound once.
-
-    Attributes:
-        stream: the CUDA stream that steps run on.
-        memory: bytes of device memory by what they are for: ``scratch``.
-
-    Raises:
-        LoadError: TensorRT refuses a context, a profile or a weight.
+    Work on it starts after what the thread has enqueued on its present stream.
     """
-
-    def __init__(self, opened: OpenPlan, plan: Plan, weights: Mapping[str, Tensor]) -> None:
-        self._opened, self._plan, self._weights = opened, plan, weights
-        engine, tensorrt, log = opened.engine, opened.tensorrt, opened.log
-        self.stream = torch.cuda.Stream()
-        self._inputs = input_names(engine)
-        size = int(engine.device_memory_size_v2)
-        self._scratch = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
-        self._contexts = []
-        for index in range(len(plan.profiles)):
-            context = engine.create_execution_context(
-                tensorrt.api.ExecutionContextAllocationStrategy.USER_MANAGED
-            )
-            if context is None:
-                raise LoadError(
-                    f"{tensorrt} cannot create an execution context: {log.last_errors()}"
-                )
-            context.set_device_memory(self._scratch.data_ptr(), size)
-            if index and not context.set_optimization_profile_async(index, self.stream.cuda_stream):
-                raise LoadError(f"{tensorrt} refused profile {index}: {log.last_errors()}")
-            for name, tensor in weights.items():
-                if not context.set_tensor_address(name, tensor.data_ptr()):
-                    raise LoadError(
-                        f"{tensorrt} refused the address of weight {name}: {log.last_errors()}"
-                    )
-            self._contexts.append(context)
-        self.stream.synchronize()
-        self.memory = {"scratch": self._scratch.nbytes}
-
-    def enqueue(
-        self, rows: int, tokens: int, tensors: Mapping[str, Tensor], addresses: Mapping[str, int]
-    ) -> None:
-        """Enqueue one step on `stream`.
-
-        Args:
-            rows, tokens: the size of the step, which chooses the profile.
-            tensors: inputs and outputs by name; inputs have their step's shape.
-            addresses: device addresses of further outputs by name.
-
-        Raises:
-            RuntimeError: no profile holds the size, or TensorRT or a plugin failed.
-        """
-        index = next(
-            (i for i, profile in enumerate(self._plan.profiles) if profile.covers(rows, tokens)),
-            None,
-        )
-        if index is None:
-            raise RuntimeError(f"no profile of the plan holds {rows} rows and {tokens} tokens")
-        context = self._contexts[index]
-        for name, tensor in tensors.items():
-            if name in self._inputs and not context.set_input_shape(name, tuple(tensor.shape)):
-                raise RuntimeError(
-                    f"input {name} of shape {tuple(tensor.shape)} was refused: "
-                    f"{self._last_errors()}"
-                )
-            self._bind(context, name, tensor.data_ptr())
-        for name, address in addresses.items():
-            self._bind(context, name, address)
-        failures = self._plugin_failures()
-        enqueued = context.execute_async_v3(self.stream.cuda_stream)
-        if not enqueued or self._plugin_failures() != failures:
-            raise RuntimeError(f"the step failed: {self._last_errors()}")
-
-    def _bind(self, context: Any, name: str, address: int) -> None:
-        if not context.set_tensor_address(name, address):
-            raise RuntimeError(
-                f"the address of {name}, {address:#x}, was refused: {self._last_errors()}"
-            )
-
-    def on_stream(self) -> AbstractContextManager[object]:
-        """Make `stream` the thread's stream inside the block.
-
-        Work on it starts after what the thread has enqueued on its present stream.
-        """
-        caller = torch.cuda.current_stream()
-        if caller == self.stream:
-            return contextlib.nullcontext()
-        self.stream.wait_stream(caller)
-        return torch.cuda.stream(self.stream)
-
-    @contextlib.contextmanager
-    def observe_aliases(self) -> Iterator[set[int]]:
-        """Collect the addresses of aliased inputs that plugins get inside the block."""
-        if self._opened.plugins is None:
-            yield set()
-            return
-        with self._opened.plugins.observe_aliases() as addresses:
-            yield addresses
-
-    def capture(self, enqueue: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """A CUDA graph of what ``enqueue()`` puts on `stream`; it must have run once before.
-
-        Garbage collection is off meanwhile: it could free the memory of an engine that was
-        dropped, and CUDA invalidates the capture of a thread that frees memory
-        (``cudaErrorStreamCaptureInvalidated``).
-        """
-        graph = torch.cuda.CUDAGraph()
-        with (
-            _no_garbage_collection(),
-            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
-        ):
-            enqueue()
-        return graph
-
-    def _plugin_failures(self) -> int:
-        plugins = self._opened.plugins
-        return 0 if plugins is None else int(plugins.failures)
-
-    def _last_errors(self) -> str:
-        plugins = self._opened.plugins
-        plugin_errors = [] if plugins is None else list(plugins.errors)[-1:]
-        return " / ".join([*plugin_errors, self._opened.log.last_errors()])
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Turn Python's cyclic garbage collector off inside the block."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    caller = torch.cuda.current_stream()
+    if caller == stream:
+        return contextlib.nullcontext()
+    stream.wait_stream(caller)
+    return torch.cuda.stream(stream)
 
 
 @dataclass(frozen=True)
@@ -449,7 +318,7 @@ class DynamicSlotSteps:
     Attributes:
         memory: bytes of device memory by what they are for: ``steps``.
         moves_states: False: states stay where they were bound.
-        on_stream: `ExecutionContexts.on_stream`.
+        on_stream: `on_stream` of the contexts' stream.
         overlaps: True, see `inplace.engines.base.StepEngine`.
     """
 
@@ -483,7 +352,7 @@ class DynamicSlotSteps:
         self._arrays = _numpy_views(self._host)  # see `InputBuffers`
         self._captured: dict[StepSize, CapturedStep] = {}
         self._repeated: dict[str, Tensor] = {}
-        self.on_stream = contexts.on_stream
+        self.on_stream = partial(on_stream, contexts.stream)
         self._states = {name: arena.tensors[name] for name in program.states}
         self._aliases = {
             alias.output: arena.tensors[alias.input].data_ptr() for alias in program.aliases

@@ -1,7 +1,7 @@
 """A streaming transducer (RNN-T) of one's own as two programs of one engine.
 
-``listen`` encodes a chunk of features; ``speak`` is one iteration of greedy search: it emits a
-token, or goes to the next frame. A request runs ``listen`` once and ``speak`` until the chunk's
+``encode`` encodes a chunk of features; ``decode`` is one iteration of greedy search: it emits a
+token, or goes to the next frame. A request runs ``encode`` once and ``decode`` until the chunk's
 frames are used up, and is answered with the tokens of the chunk.
 
     python examples/transducer.py [FOLDER]
@@ -30,7 +30,7 @@ class Memory(nn.Module):
         self.register_buffer("frame", torch.full((1,), FRAMES))
 
 
-class Listen(nn.Module):
+class Encode(nn.Module):
     """The encoder: a GRU whose state goes on from chunk to chunk."""
 
     context: torch.Tensor
@@ -49,7 +49,7 @@ class Listen(nn.Module):
         return torch.mean(encoded, 1)
 
 
-class Speak(nn.Module):
+class Decode(nn.Module):
     """Predictor and joint: one iteration of greedy search. Nothing changes when it is done."""
 
     hidden: torch.Tensor
@@ -83,25 +83,25 @@ class Speak(nn.Module):
         return torch.where(emits, best, -1), following >= FRAMES
 
 
-def modules() -> tuple[Listen, Speak]:
+def modules() -> tuple[Encode, Decode]:
     """Both modules, with random weights; they share the buffers of one `Memory`."""
     torch.manual_seed(0)
     memory = Memory()
-    return Listen(memory).eval(), Speak(memory).eval()
+    return Encode(memory).eval(), Decode(memory).eval()
 
 
-def capture(listening: Listen, speaking: Speak) -> ib.ProgramsCapture:
+def capture(encoder: Encode, decoder: Decode) -> ib.ProgramsCapture:
     """Both programs, and what a request calls."""
-    speak = ib.RowOptions(
+    decode = ib.RowOptions(
         max_rows=4,
         outputs=("tokens", "done"),
         roles={"tokens": ib.Role.TOKENS, "done": ib.Role.DONE},
     )
-    listen, chunk = ib.RowOptions(max_rows=4, outputs=("level",)), torch.zeros(1, FRAMES, FEATURES)
-    programs = {"listen": (listening, listen, (chunk,)), "speak": (speaking, speak, ())}
+    encode, chunk = ib.RowOptions(max_rows=4, outputs=("level",)), torch.zeros(1, FRAMES, FEATURES)
+    programs = {"encode": (encoder, encode, (chunk,)), "decode": (decoder, decode, ())}
     schedule = [
-        ib.Call(program="listen"),
-        ib.Call(program="speak", until="done", at_most=FRAMES * MAX_SYMBOLS),
+        ib.Call(program="encode"),
+        ib.Call(program="decode", until="done", at_most=FRAMES * MAX_SYMBOLS),
     ]
     return ib.capture_programs(programs, schedule)
 

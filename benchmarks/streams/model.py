@@ -8,10 +8,10 @@ from inplace.schema.served import Manifest
 from inplace.schema.specs import Dtype
 from inplace_builder.capture.nemotron_asr_streaming import (
     Chunks,
+    Decode,
+    Encode,
     Encoded,
     Extraction,
-    Listen,
-    Speak,
     capture_nemotron_asr_streaming,
 )
 from inplace_builder.choices import Device, EngineKind
@@ -52,11 +52,11 @@ def _set_blank(model: NemotronAsrStreamingForRNNT, lookahead: int) -> None:
     """Find the bias of the blank with which noise gives `TOKENS_PER_FRAME`."""
     chunks = Chunks(lookahead, model.config.encoder_config.subsampling_factor)
     encoded = Encoded(chunks.frames, model.config.decoder_hidden_size, torch.float32)
-    listen = Listen(model, chunks, Extraction(), encoded)
-    samples = listen.log_mel.samples
+    encode = Encode(model, chunks, Extraction(), encoded)
+    samples = encode.log_mel.samples
     parts = []
     for _ in range(CALIBRATION_FRAMES // chunks.frames):
-        listen(0.1 * torch.randn(1, samples), torch.tensor([samples]))
+        encode(0.1 * torch.randn(1, samples), torch.tensor([samples]))
         parts.append(encoded.frames.clone())
     bias = model.joint.head.bias[model.config.blank_token_id]
     low, high = 0.0, 8.0
@@ -71,14 +71,14 @@ def _set_blank(model: NemotronAsrStreamingForRNNT, lookahead: int) -> None:
 def _tokens_per_frame(
     model: NemotronAsrStreamingForRNNT, encoded: Encoded, parts: list[Tensor]
 ) -> float:
-    speak, tokens = Speak(model, encoded), 0
+    decode, tokens = Decode(model, encoded), 0
     for frames in parts:
         encoded.frames.copy_(frames)
         encoded.num_frames.fill_(frames.shape[1])
         encoded.frame.zero_()
         done = False
         while not done:
-            token, _, last = speak()
+            token, _, last = decode()
             tokens, done = tokens + int(token >= 0), bool(last)
     return tokens / (len(parts) * parts[0].shape[1])
 

@@ -113,7 +113,7 @@ def build(
     lookahead: Annotated[
         int | None,
         typer.Option(
-            help="Frames that a streaming speech model hears ahead; a chunk has one more. Default: "
+            help="Frames that a streaming speech model sees ahead; a chunk has one more. Default: "
             "the model's own."
         ),
     ] = None,

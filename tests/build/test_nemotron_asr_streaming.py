@@ -15,11 +15,11 @@ from inplace.schema.served import Manifest
 from inplace_builder.__main__ import app
 from inplace_builder.capture.nemotron_asr_streaming import (
     Chunks,
+    Decode,
+    Encode,
     Encoded,
     Extraction,
-    Listen,
     LogMel,
-    Speak,
 )
 from inplace_builder.compare import fill_with_sentinel
 from support.nemotron import (
@@ -104,14 +104,14 @@ def test_every_lookahead_gives_the_tokens_of_generate(lookahead: int, left: int)
         mel, expected = features(stream, length), []
         chunks = Chunks(lookahead, FACTOR)
         encoded = Encoded(chunks.frames, 32, torch.float32)
-        listen, speak = Listen(model, chunks, Extraction(), encoded), Speak(model, encoded)
+        encode, decode = Encode(model, chunks, Extraction(), encoded), Decode(model, encoded)
         tokens: Tokens = []
         with torch.no_grad():
             for chunk, valid in feed(mel, lookahead):
-                listen.encode(chunk, torch.tensor([valid]))
+                encode.encode_features(chunk, torch.tensor([valid]))
                 done = False
                 while not done:
-                    token, frame, last = speak()
+                    token, frame, last = decode()
                     tokens += [(int(token), int(frame))] if token >= 0 else []
                     done = bool(last)
         reference = streamed if length == whole else offline
@@ -250,8 +250,8 @@ def test_a_stream_model_answers_pieces_that_complete_no_chunk(
 def test_what_a_stream_keeps_does_not_grow(folder: Path) -> None:
     manifest = Manifest.load(folder)
     assert manifest.capacity is None
-    assert [program.name for program in manifest.programs] == ["listen", "speak"]
-    assert manifest.program("speak").read_only == tuple(
+    assert [program.name for program in manifest.programs] == ["encode", "decode"]
+    assert manifest.program("decode").read_only == tuple(
         f"encoded_{name}" for name in ("frames", "num_frames", "seen")
     )
     assert manifest.built_with["lookahead"] == str(LOOKAHEAD)

@@ -27,7 +27,7 @@ from inplace_builder import (
 from inplace_builder.capture.programs import ProgramsCapture
 from support.transducing import GreedySearch, chunks
 from torch import Tensor, nn
-from transducer import Listen, Memory, Speak, capture, modules
+from transducer import Decode, Encode, Memory, capture, modules
 
 OPTIONS = BuildOptions(slots=4, max_rows=4)
 VERIFIED = ("fixed_points", "mixed_calls", "limits", "tokens")
@@ -35,12 +35,12 @@ VERIFIED = ("fixed_points", "mixed_calls", "limits", "tokens")
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[Listen, Speak]:
+def parts() -> tuple[Encode, Decode]:
     return modules()
 
 
 @pytest.fixture(scope="module")
-def captured(parts: tuple[Listen, Speak]) -> ProgramsCapture:
+def captured(parts: tuple[Encode, Decode]) -> ProgramsCapture:
     return capture(*parts)
 
 
@@ -85,10 +85,10 @@ def test_a_shared_buffer_is_one_state(folder: Path) -> None:
     manifest = Manifest.load(folder)
     names = ["context", "memory_frames", "memory_frame", "hidden", "last", "symbols"]
     assert [state.name for state in manifest.states] == names
-    listen, speak = manifest.programs
-    assert listen.states == ("context", "memory_frames", "memory_frame")
-    assert speak.read_only == ("memory_frames",)
-    assert listen.engine.file == "engine-listen.safetensors"
+    encode, decode = manifest.programs
+    assert encode.states == ("context", "memory_frames", "memory_frame")
+    assert decode.read_only == ("memory_frames",)
+    assert encode.engine.file == "engine-encode.safetensors"
     assert manifest.verified == "executed"
     notes = {name: int(manifest.built_with[f"verified_{name}"]) for name in VERIFIED}
     assert notes["fixed_points"] > 3
@@ -98,7 +98,7 @@ def test_a_shared_buffer_is_one_state(folder: Path) -> None:
 
 
 def test_three_streams_in_one_call_get_the_tokens_of_greedy_search(
-    driver: StepDriver, parts: tuple[Listen, Speak]
+    driver: StepDriver, parts: tuple[Encode, Decode]
 ) -> None:
     searches = [GreedySearch(*parts) for _ in range(3)]
     streams = [chunks(stream, 6) for stream in range(3)]
@@ -115,7 +115,7 @@ def test_three_streams_in_one_call_get_the_tokens_of_greedy_search(
 
 
 def test_rows_join_at_different_loop_counts(
-    instance: ScheduledInstance, parts: tuple[Listen, Speak]
+    instance: ScheduledInstance, parts: tuple[Encode, Decode]
 ) -> None:
     """The second stream begins while the first is in its loop; then both share calls."""
     first = instance.admit(request(1, chunks(1, 1)[0], start=True))
@@ -139,7 +139,7 @@ def test_no_program_is_called_twice_while_rows_wait_for_another(
     decoding = instance.admit(request(1, chunks(1, 1)[0], start=True))
     instance.step([decoding])
     new = [instance.admit(request(s, chunks(s, 1)[0], start=True)) for s in (2, 3)]
-    instance.max_rows["listen"] = 1
+    instance.max_rows["encode"] = 1
     waiting, programs = [*new, decoding], []
     for _ in range(4):
         rows = instance.next_rows(waiting)
@@ -148,11 +148,11 @@ def test_no_program_is_called_twice_while_rows_wait_for_another(
         instance.step(rows)
         waiting = [each for each in waiting if each not in rows]
         waiting += [each for each in rows if not each.finished]
-    assert programs == ["speak", "listen", "speak", "listen"]
+    assert programs == ["decode", "encode", "decode", "encode"]
 
 
 def test_a_slot_that_is_used_again_starts_anew(
-    driver: StepDriver, parts: tuple[Listen, Speak]
+    driver: StepDriver, parts: tuple[Encode, Decode]
 ) -> None:
     first, again = chunks(5, 2)
     driver.run([request(1, first, start=True)])
@@ -178,12 +178,12 @@ class FailingEngine:
 
 
 def test_a_failed_call_of_several_ends_its_sequence(
-    instance: ScheduledInstance, driver: StepDriver, parts: tuple[Listen, Speak]
+    instance: ScheduledInstance, driver: StepDriver, parts: tuple[Encode, Decode]
 ) -> None:
     first, again = chunks(7, 2)
     driver.run([request(1, first, start=True), request(2, first, start=True)])
-    failing: Any = FailingEngine(instance.engines["speak"], 2)
-    instance.engines = {**instance.engines, "speak": failing}
+    failing: Any = FailingEngine(instance.engines["decode"], 2)
+    instance.engines = {**instance.engines, "decode": failing}
     [error] = driver.run([request(1, again)])
     assert isinstance(error, RequestError)
     assert error.code is Code.ENGINE_FAILED
@@ -203,7 +203,7 @@ def test_a_schedule_is_opened_with_its_own_instance(folder: Path) -> None:
 # --- verification ---
 
 
-class NotFixed(Speak):
+class NotFixed(Decode):
     """Counts its calls, also those of a row that is done."""
 
     calls: Tensor
@@ -217,15 +217,15 @@ class NotFixed(Speak):
         return super().forward()
 
 
-def with_speak(kind: type[Speak]) -> ProgramsCapture:
+def with_decode(kind: type[Decode]) -> ProgramsCapture:
     torch.manual_seed(0)
     memory = Memory()
-    return capture(Listen(memory).eval(), kind(memory).eval())
+    return capture(Encode(memory).eval(), kind(memory).eval())
 
 
 def test_a_loop_without_a_fixed_point_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"called again for a row that is done \(done\), changes"):
-        write_engine(with_speak(NotFixed), tmp_path / "model", OPTIONS)
+        write_engine(with_decode(NotFixed), tmp_path / "model", OPTIONS)
     assert not (tmp_path / "model").exists()
 
 

@@ -14,18 +14,18 @@ from inplace.runtime.schedules import ScheduledInstance
 from inplace_builder import BuildOptions, Call, RowOptions, capture_programs, write_engine
 from support.transducing import GreedySearch, chunks
 from torch import Tensor, nn
-from transducer import FRAMES, MAX_SYMBOLS, Listen, Speak, capture, modules
+from transducer import FRAMES, MAX_SYMBOLS, Decode, Encode, capture, modules
 
 REPEATED = (1, 2, 3, 8, 64)
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[Listen, Speak]:
+def parts() -> tuple[Encode, Decode]:
     return modules()
 
 
 @pytest.fixture(scope="module")
-def folder(parts: tuple[Listen, Speak], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(parts: tuple[Encode, Decode], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("repeated") / "transducer"
     write_engine(capture(*parts), path, BuildOptions(slots=4, max_rows=4))
     return path / "1"
@@ -55,11 +55,11 @@ def counting(instance: ScheduledInstance, program: str) -> list[int]:
 
 @pytest.mark.parametrize("most", REPEATED)
 def test_streams_get_the_same_tokens_however_many_calls_are_made_at_once(
-    folder: Path, parts: tuple[Listen, Speak], most: int
+    folder: Path, parts: tuple[Encode, Decode], most: int
 ) -> None:
     instance = ScheduledInstance.open(folder)
     instance.loop_calls, streams = most, [chunks(stream, 8) for stream in range(3)]
-    launches, searches = counting(instance, "speak"), [GreedySearch(*parts) for _ in streams]
+    launches, searches = counting(instance, "decode"), [GreedySearch(*parts) for _ in streams]
     driver = StepDriver(instance)
     try:
         for place in range(8):
@@ -84,10 +84,10 @@ def test_rows_that_are_done_keep_every_byte(folder: Path) -> None:
     one, many = (ScheduledInstance.open(folder) for _ in range(2))
     [chunk] = chunks(3, 1)
     for instance in (one, many):
-        listened = instance.admit(Request(1, True, False, {"features": chunk[None]}))
-        instance.step([listened])
-        batch = form_batch(instance.programs["speak"], [listened]).inputs
-        engine, outputs = instance.engines["speak"], ["tokens", "done"]
+        encoded = instance.admit(Request(1, True, False, {"features": chunk[None]}))
+        instance.step([encoded])
+        batch = form_batch(instance.programs["decode"], [encoded]).inputs
+        engine, outputs = instance.engines["decode"], ["tokens", "done"]
         if instance is one:
             expected = [engine.launch(batch, outputs)(NO_OTHER_THREADS) for _ in range(12)]
         else:

@@ -20,18 +20,18 @@ from support.streaming import RecordingChannel, StreamClient, wait_until
 from support.transducing import GreedySearch, chunks
 from support.vocabulary import panicking, tiny_tokenizer
 from torch import Tensor
-from transducer import FEATURES, FRAMES, Listen, Speak, capture, modules
+from transducer import FEATURES, FRAMES, Decode, Encode, capture, modules
 
 OUTPUTS = frozenset({"tokens", "level", "text_output", "finish_reason"})
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[Listen, Speak]:
+def parts() -> tuple[Encode, Decode]:
     return modules()
 
 
 @pytest.fixture(scope="module")
-def folder(parts: tuple[Listen, Speak], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(parts: tuple[Encode, Decode], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("streams") / "transducer"
     options = BuildOptions(slots=4, max_rows=4, serve="stream")
     write_engine(capture(*parts), path, options)
@@ -71,7 +71,7 @@ class Slow:
 
 
 def test_tokens_are_sent_as_calls_produce_them(
-    client: StreamClient, parts: tuple[Listen, Speak]
+    client: StreamClient, parts: tuple[Encode, Decode]
 ) -> None:
     streams = {f"s{number}": chunks(number, 6) for number in range(3)}
     channels = {
@@ -93,9 +93,9 @@ def test_tokens_are_sent_as_calls_produce_them(
 
 
 def test_a_token_is_sent_before_the_next_call(
-    client: StreamClient, instance: ScheduledInstance, parts: tuple[Listen, Speak]
+    client: StreamClient, instance: ScheduledInstance, parts: tuple[Encode, Decode]
 ) -> None:
-    slow, [chunk] = Slow(instance, "speak"), chunks(1, 1)
+    slow, [chunk] = Slow(instance, "decode"), chunks(1, 1)
     channel = send(client, "a", chunk, start=True)
     expected = GreedySearch(*parts).feed(chunk)
     while not channel.tokens:
@@ -110,9 +110,9 @@ def test_a_token_is_sent_before_the_next_call(
 
 
 def test_a_client_that_vanishes_in_the_middle_ends_its_sequence(
-    client: StreamClient, instance: ScheduledInstance, parts: tuple[Listen, Speak]
+    client: StreamClient, instance: ScheduledInstance, parts: tuple[Encode, Decode]
 ) -> None:
-    slow, [chunk] = Slow(instance, "speak"), chunks(1, 1)
+    slow, [chunk] = Slow(instance, "decode"), chunks(1, 1)
     gone, other = (send(client, name, chunk, start=True) for name in ("gone", "other"))
     later = send(client, "gone", chunk)
     wait_until(lambda: slow.calls == 1)
@@ -130,9 +130,9 @@ def test_a_client_that_vanishes_in_the_middle_ends_its_sequence(
 
 
 def test_an_end_in_the_middle_waits_for_the_loop(
-    client: StreamClient, instance: ScheduledInstance, parts: tuple[Listen, Speak]
+    client: StreamClient, instance: ScheduledInstance, parts: tuple[Encode, Decode]
 ) -> None:
-    slow, [chunk] = Slow(instance, "speak"), chunks(1, 1)
+    slow, [chunk] = Slow(instance, "decode"), chunks(1, 1)
     channel = send(client, "a", chunk, start=True)
     wait_until(lambda: slow.calls == 1)
     end = client.end("a")
@@ -153,7 +153,7 @@ def test_there_are_no_generations(client: StreamClient, parameter: str) -> None:
 
 
 def test_a_step_has_the_text_of_its_tokens(
-    instance: ScheduledInstance, parts: tuple[Listen, Speak]
+    instance: ScheduledInstance, parts: tuple[Encode, Decode]
 ) -> None:
     driver, text, tokens = StepDriver(instance, tiny_tokenizer()), "", list[int]()
     try:
@@ -168,7 +168,7 @@ def test_a_step_has_the_text_of_its_tokens(
 
 
 def test_a_step_whose_text_cannot_be_made_fails_alone(
-    instance: ScheduledInstance, parts: tuple[Listen, Speak]
+    instance: ScheduledInstance, parts: tuple[Encode, Decode]
 ) -> None:
     first, second = chunks(1, 1)[0], torch.zeros(FRAMES, FEATURES)
     good = GreedySearch(*parts).feed(second)
@@ -191,7 +191,7 @@ def test_a_step_whose_text_cannot_be_made_fails_alone(
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("listen=2", {"listen": 2}), (" listen=1 , speak=4 ", {"speak": 4})]
+    ("text", "expected"), [("encode=2", {"encode": 2}), (" encode=1 , decode=4 ", {"decode": 4})]
 )
 def test_calls_may_have_fewer_rows(folder: Path, text: str, expected: dict[str, int]) -> None:
     manifest = Manifest.load(folder)
@@ -202,12 +202,12 @@ def test_calls_may_have_fewer_rows(folder: Path, text: str, expected: dict[str, 
     )
     assert isinstance(instance, ScheduledInstance)
     assert instance.loop_calls == 3
-    assert instance.max_rows == {"listen": 4, "speak": 4, **settings.call_rows}
+    assert instance.max_rows == {"encode": 4, "decode": 4, **settings.call_rows}
 
 
-@pytest.mark.parametrize("text", ["listen", "listen=0", "listen=5", "other=1", "listen=1,,"])
+@pytest.mark.parametrize("text", ["encode", "encode=0", "encode=5", "other=1", "encode=1,,"])
 def test_rows_of_calls_must_fit_the_engine(folder: Path, text: str) -> None:
-    with pytest.raises(LoadError, match=r"expected rows by program.*: listen=1…4, speak=1…4"):
+    with pytest.raises(LoadError, match=r"expected rows by program.*: encode=1…4, decode=1…4"):
         Settings.parse(served_with(text), Manifest.load(folder))
 
 

@@ -14,7 +14,7 @@ from support.pool import Deployment, ServerPool
 from support.sums import SCHEDULES, capture_sums
 from support.transducing import GreedySearch, chunks
 from support.vocabulary import save_tokenizer, tiny_tokenizer
-from transducer import Listen, Speak, capture, modules
+from transducer import Decode, Encode, capture, modules
 from tritonclient.grpc import InferenceServerClient
 
 pytestmark = pytest.mark.server
@@ -23,13 +23,13 @@ STEPS, STREAM, SUMS, STREAMS, CHUNKS = "transducer", "transducer_stream", "chunk
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[Listen, Speak]:
+def parts() -> tuple[Encode, Decode]:
     return modules()
 
 
 @pytest.fixture(scope="module")
 def server(
-    pool: ServerPool, parts: tuple[Listen, Speak], tmp_path_factory: pytest.TempPathFactory
+    pool: ServerPool, parts: tuple[Encode, Decode], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
     folder, captured = tmp_path_factory.mktemp("programs"), capture(*parts)
     write_engine(captured, folder / STEPS, BuildOptions(slots=4, max_rows=4))
@@ -46,7 +46,7 @@ def server(
 
 
 def test_interleaved_streams_get_the_tokens_of_greedy_search(
-    server: TritonServer, parts: tuple[Listen, Speak]
+    server: TritonServer, parts: tuple[Encode, Decode]
 ) -> None:
     together = threading.Barrier(STREAMS)
 
@@ -69,7 +69,7 @@ def test_interleaved_streams_get_the_tokens_of_greedy_search(
 
 
 def test_a_stream_model_sends_tokens_and_text_as_they_come(
-    server: TritonServer, parts: tuple[Listen, Speak]
+    server: TritonServer, parts: tuple[Encode, Decode]
 ) -> None:
     def stream(number: int) -> tuple[list[list[int]], str, int]:
         results, text, num_responses = [], "", 0

@@ -2,31 +2,31 @@
 
 import torch
 from torch import Tensor
-from transducer import BLANK, FEATURES, FRAMES, MAX_SYMBOLS, Listen, Speak
+from transducer import BLANK, FEATURES, FRAMES, MAX_SYMBOLS, Decode, Encode
 
 
 class GreedySearch:
     """One stream, without buffers or schedules.
 
     Args:
-        listen, speak: the modules, of which only the layers are used.
+        encode, decode: the modules, of which only the layers are used.
     """
 
-    def __init__(self, listen: Listen, speak: Speak) -> None:
-        self.listen, self.speak = listen, speak
-        self.context = torch.zeros(1, 1, listen.gru.hidden_size)
-        self.hidden = torch.zeros(1, listen.gru.hidden_size)
+    def __init__(self, encode: Encode, decode: Decode) -> None:
+        self.encode, self.decode = encode, decode
+        self.context = torch.zeros(1, 1, encode.gru.hidden_size)
+        self.hidden = torch.zeros(1, encode.gru.hidden_size)
         self.last = torch.tensor([BLANK])
 
     @torch.no_grad()
     def feed(self, features: Tensor) -> list[int]:
         """The tokens of one more chunk, ``[FRAMES, FEATURES]``."""
-        encoded, self.context = self.listen.gru(features[None], self.context)
+        encoded, self.context = self.encode.gru(features[None], self.context)
         tokens = []
         for frame in encoded[0]:
             for _ in range(MAX_SYMBOLS):
-                hidden = self.speak.cell(self.speak.embedding(self.last), self.hidden)
-                scores = self.speak.joint(torch.cat([frame[None], hidden], 1))
+                hidden = self.decode.cell(self.decode.embedding(self.last), self.hidden)
+                scores = self.decode.joint(torch.cat([frame[None], hidden], 1))
                 token = int(scores.argmax())
                 if token == BLANK:
                     break

@@ -41,7 +41,7 @@ CAPACITY = "capacity"
 
 
 CALL_ROWS = "call_rows"
-"""The parameter with the most rows of a call, by program of a schedule: ``listen=4,speak=64``."""
+"""The parameter with the most rows of a call, by program of a schedule: ``encode=4,decode=64``."""
 
 
 LOOP_CALLS = "loop_calls"

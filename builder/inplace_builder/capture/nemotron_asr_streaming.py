@@ -1,6 +1,6 @@
 """Streaming speech recognition: transformers' ``nemotron_asr_streaming`` as two programs.
 
-``listen`` encodes a chunk of log-mel frames with the cache-aware FastConformer. ``speak`` is one
+``encode`` encodes a chunk of log-mel frames with the cache-aware FastConformer. ``decode`` is one
 iteration of greedy search with predictor and joint (RNN-T); it is called until the encoded frames
 are used up. The modules are transformers' own, with states where it has caches.
 """
@@ -254,7 +254,7 @@ class Encoded(nn.Module):
             self.register_buffer(name, torch.zeros(1, dtype=torch.int64))
 
 
-class Listen(nn.Module):
+class Encode(nn.Module):
     """The encoder: one chunk of a stream.
 
     States are what transformers keeps in its caches: the last inputs of every convolution, and the
@@ -315,11 +315,11 @@ class Listen(nn.Module):
             length: how many of them are valid, ``[1]``: fewer only in a stream's last chunk.
 
         Returns:
-            As `encode`.
+            As `encode_features`.
         """
-        return self.encode(*self.log_mel(audio, length))
+        return self.encode_features(*self.log_mel(audio, length))
 
-    def encode(self, features: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_features(self, features: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a chunk of features.
 
         Args:
@@ -384,12 +384,12 @@ class Listen(nn.Module):
 class _Tails:
     """The last inputs of convolutions, as transformers' ``padding_cache``."""
 
-    def __init__(self, listen: Listen) -> None:
-        self.listen = listen
+    def __init__(self, encode: Encode) -> None:
+        self.encode = encode
 
     def update(self, x: Tensor, key: str, module: nn.Module) -> Tensor:
         """The inputs of a convolution: those kept, then ``x``; the last ones are kept."""
-        state: Tensor = getattr(self.listen, key.replace(".", "_"))
+        state: Tensor = getattr(self.encode, key.replace(".", "_"))
         whole = torch.cat([state, x], 2)
         state.copy_(whole[:, :, -state.shape[2] :])
         return whole
@@ -398,14 +398,14 @@ class _Tails:
 class _Window:
     """Keys and values that attention looks back to, as transformers' ``past_key_values``."""
 
-    def __init__(self, listen: Listen, valid: Tensor) -> None:
-        self.listen, self.valid = listen, valid[None, None, :, None]
+    def __init__(self, encode: Encode, valid: Tensor) -> None:
+        self.encode, self.valid = encode, valid[None, None, :, None]
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Those kept, then the new ones; the last ones are kept, zeros for padding."""
         results = []
         for name, new in (("keys", keys), ("values", values)):
-            state: Tensor = getattr(self.listen, f"{name}_{layer}")
+            state: Tensor = getattr(self.encode, f"{name}_{layer}")
             whole = torch.cat([state, torch.where(self.valid, new, 0.0)], 2)
             state.copy_(whole[:, :, -state.shape[2] :])
             results.append(whole)
@@ -442,7 +442,7 @@ def _shallow_copy(module: Any) -> Any:
     return new
 
 
-class Speak(nn.Module):
+class Decode(nn.Module):
     """One iteration of greedy search: a token, or the next frame. Nothing changes when it is done.
 
     Its states begin with what the predictor gives for the start token. The predictor runs after a
@@ -528,24 +528,24 @@ def capture_nemotron_asr_streaming(
     chunks = Chunks(lookahead, config.subsampling_factor)
     dtype = model.encoder_projector.weight.dtype
     encoded = Encoded(chunks.frames, model.config.decoder_hidden_size, dtype)
-    listen = Listen(model, chunks, extraction, encoded).eval()
-    speak = Speak(model, encoded).eval()
-    samples = listen.log_mel.samples
+    encode = Encode(model, chunks, extraction, encoded).eval()
+    decode = Decode(model, encoded).eval()
+    samples = encode.log_mel.samples
     examples = (torch.zeros(1, samples), torch.full((1,), samples))
     programs = {
-        "listen": (
-            listen,
+        "encode": (
+            encode,
             RowOptions(
                 max_rows=max_rows,
                 outputs=("encoded", "num_frames"),
                 sample_rate=extraction.sample_rate,
-                lead=listen.log_mel.lead,
+                lead=encode.log_mel.lead,
                 valid_lengths={"length": AUDIO},
             ),
             examples,
         ),
-        "speak": (
-            speak,
+        "decode": (
+            decode,
             RowOptions(
                 max_rows=max_rows,
                 outputs=("tokens", "token_frames", "done"),
@@ -555,6 +555,6 @@ def capture_nemotron_asr_streaming(
         ),
     }
     at_most = chunks.frames * model.max_symbols_per_step
-    schedule = [Call(program="listen"), Call(program="speak", until="done", at_most=at_most)]
+    schedule = [Call(program="encode"), Call(program="decode", until="done", at_most=at_most)]
     # noise may be no speech to the model: encoded frames are compared, tokens may be none
     return capture_programs(programs, schedule, constant_tokens=True)

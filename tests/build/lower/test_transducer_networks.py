@@ -36,10 +36,10 @@ def test_both_networks_give_the_tokens_of_generate() -> None:
     for one, other in zip(*(feed_audio(audio, LOOKAHEAD) for audio in streams), strict=True):
         rows = [one[0], torch.full_like(one[0], float("nan")), other[0]]
         lengths = torch.tensor([[one[1]], [1], [other[1]]])
-        networks.call("listen", slots, audio=torch.cat(rows), length=lengths)
+        networks.call("encode", slots, audio=torch.cat(rows), length=lengths)
         done = [False, False]
         while not all(done):  # a row that is done is called again, and gives nothing
-            result = networks.call("speak", slots)
+            result = networks.call("decode", slots)
             for place, row in enumerate((0, 2)):
                 token, frame = int(result["tokens"][row]), int(result["token_frames"][row])
                 assert token < 0 or not done[place]

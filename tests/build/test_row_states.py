@@ -3,6 +3,7 @@
 import itertools
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from inplace_builder import (
 from inplace_builder.errors import BuildError
 from support.row_cases import Of, Recurrent, RowCase, Streaming
 from support.row_checks import check_rows
+from support.value_cases import Buffers, Hooks, Objects
 from torch import Tensor, nn
 
 Pair = namedtuple("Pair", "hidden cell")
@@ -167,6 +169,27 @@ def test_an_engine_keeps_states_that_are_returned_in_the_callers_memory(tmp_path
         torch.testing.assert_close(theirs, own)
 
 
+@pytest.mark.parametrize("make", [Attributes, Objects, Buffers, Hooks])
+def test_an_engine_of_its_own_keeps_what_attributes_and_hooks_keep(
+    make: type[nn.Module], tmp_path: Path
+) -> None:
+    """The module is as it was afterwards: its first steps are those of the engine."""
+    torch.manual_seed(0)
+    module = make().eval()
+    engine = ib.build(module, (torch.ones(1, 4),), path=tmp_path / "engine")
+    for _ in range(4):
+        x = torch.randn(1, 4)
+        with torch.no_grad():
+            expected = module(x)
+        torch.testing.assert_close(engine(x), expected)
+
+
+def test_a_capture_leaves_what_functions_of_a_module_write() -> None:
+    module = looking_back()
+    capture_exported_rows(module, RowOptions(2), (torch.ones(1, 4),))
+    assert int(module.get_buffer("n")) == 0
+
+
 def test_states_have_the_names_of_the_modules_buffers() -> None:
     module = nn.Sequential()
     module.add_module("encoder", Recurrent(nn.LSTM(4, 4, batch_first=True)))
@@ -244,11 +267,11 @@ class Sparse(nn.Module):
         return self.total * 1
 
 
-def branching_on_an_index(x: Tensor) -> Any:
+def branching_on_an_index(x: Tensor, **limits: int) -> Any:
     place = (x.sum() * 9).long().reshape(1)
     return torch.cond(
         place[0] < 2,
-        lambda x, place: x.index_select(1, place),
+        lambda x, place: x.index_select(1, place.clamp(**limits) if limits else place),
         lambda x, place: x[:, :1] * 2,
         (x, place),
     )
@@ -286,6 +309,10 @@ def branching_on_an_index(x: Tensor) -> Any:
         (
             lambda: streaming(Of(branching_on_an_index)),
             r"torch.cond at .*row_cases.py.*index_select.*may index outside .*clamp the index",
+        ),
+        (
+            lambda: streaming(Of(partial(branching_on_an_index, min=0))),
+            r"torch.cond at .*index_select.*may index outside .*clamp the index",
         ),
         (lambda: streaming(nn.LazyLinear(4)), r"lazy parameters.*: call it once before"),
         (Sparse, r"weights of the module is torch.sparse_coo: .*keep weights.to_dense\(\)"),
@@ -369,6 +396,20 @@ def test_an_engine_is_compared_with_the_module_itself(
     capture = capture_exported_rows(make(), RowOptions(2), (torch.ones(1, 4),))
     with pytest.raises(BuildError, match=message):
         write_engine(capture, tmp_path / "engine", BuildOptions(slots=3, max_rows=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (counting, r"differs from the module by"),
+        (closed_over, r"keeps a tensor outside itself, in a closure or a global variable"),
+    ],
+)
+def test_an_engine_of_its_own_is_compared_with_the_module_itself(
+    make: Callable[[], nn.Module], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BuildError, match=message):
+        ib.build(make(), (torch.ones(1, 4),), path=tmp_path / "engine")
 
 
 class Table(nn.Module):

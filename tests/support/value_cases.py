@@ -152,6 +152,31 @@ class Buffers(nn.Module):
         return old, self.counts + 0
 
 
+class Hooks(nn.Module):
+    """Hooks that refer to the module and to its queue, and change both."""
+
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = torch.zeros(1, 4)
+        self.queue = queue = deque([torch.zeros(1, 4), torch.ones(1, 4)], maxlen=2)
+        self.register_buffer("total", torch.zeros(1, 4))
+        self.layer = nn.Linear(4, 4)
+
+        def after(layer: nn.Module, given: Any, out: Tensor) -> Tensor:
+            self.total.add_(out)
+            self.hidden = torch.tanh(out) + queue[0]
+            queue.append(out)
+            return out + self.hidden
+
+        self.layer.register_forward_hook(after)
+
+    def forward(self, x: Tensor) -> Any:
+        old = self.hidden
+        return self.layer(x + old), self.hidden * 2, self.queue[0] - self.total
+
+
 def _with(step: Step, *shape: int) -> Callable[[], nn.Module]:
     return lambda: Stateful(torch.zeros(shape), step)
 
@@ -164,5 +189,6 @@ VALUE_CASES = [
     RowCase("memory", _with(memory, 1, 4, 6), (1, 4)),
     RowCase("objects", Objects, (1, 4)),
     RowCase("buffers", Buffers, (1, 4)),
+    RowCase("hooks", Hooks, (1, 4)),
 ]
 """Each is compared with eager PyTorch."""

@@ -1,18 +1,15 @@
 """A user's module as PyTorch runs it, the reference of an engine with rows of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from inplace_builder.compare import same_bits
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.states.adapt import attributes_of, holder_of
+from inplace_builder.states.attributes import KeptValues, refuse_fake
 
 
 class EagerModule:
@@ -39,7 +36,7 @@ class EagerModule:
         leaves, self._structure = pytree.tree_flatten(arguments)
         self._leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
         self._module, self._places, self._pairs = module, places, pairs
-        self._fresh = _Values(module)
+        self._fresh = KeptValues(module)
 
     def run(self, requests: Sequence[Mapping[str, Tensor]]) -> list[Any]:
         """Call the module for the requests of one sequence.
@@ -69,62 +66,7 @@ class EagerModule:
                     ) from error
                 for place, of in self._pairs.items():
                     leaves[place] = returned[of]
-            if any(isinstance(result, FakeTensor) for result in returned):
-                raise BuildError(
-                    "the module keeps a tensor outside itself, in a closure or a global variable: "
-                    "keep it in a buffer (register_buffer)"
-                )
+            refuse_fake(returned)
             states = set(self._pairs.values())
             kept = [leaf for place, leaf in enumerate(returned) if place not in states]
             return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in kept]
-
-
-class _Values:
-    """The values of a module's buffers and of its attributes with tensors."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._buffers = [
-            (part, name, _Tensor(buffer))
-            for part in module.modules()
-            for name, buffer in part._buffers.items()
-            if buffer is not None
-        ]
-        self._attributes: dict[str, tuple[list[Any], pytree.TreeSpec]] = {}
-        for path, value in attributes_of(module).items():
-            leaves, structure = pytree.tree_flatten(value)
-            if any(isinstance(leaf, Tensor) for leaf in leaves):
-                kept = [_Tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                self._attributes[path] = (kept, structure)
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Give the module these values, and again when the context ends."""
-        self._restore()
-        try:
-            yield
-        finally:
-            self._restore()
-
-    def _restore(self) -> None:
-        for part, name, buffer in self._buffers:
-            part._buffers[name] = buffer.restored()
-        for path, (kept, structure) in self._attributes.items():
-            prefix, _, name = path.rpartition(".")
-            leaves = [each.restored() if isinstance(each, _Tensor) else each for each in kept]
-            value = pytree.tree_unflatten(leaves, structure)
-            vars(holder_of(self._module, prefix))[name] = value
-
-
-class _Tensor:
-    """A tensor, and the value that it had."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._value = tensor, tensor.detach().clone()
-
-    def restored(self) -> Tensor:
-        """The tensor, with its value again if it was written, also by way of ``data``."""
-        if not same_bits(self._tensor.detach().reshape(-1), self._value.reshape(-1)):
-            with torch.no_grad():
-                self._tensor.copy_(self._value)
-        return self._tensor

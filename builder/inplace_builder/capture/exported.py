@@ -34,7 +34,7 @@ from inplace_builder.graph.passes import (
     remove_no_ops,
     resolve_constant_masks,
 )
-from inplace_builder.states.adapt import States, adapt_states
+from inplace_builder.states.adapt import States, adapted_states
 from inplace_builder.states.divide import divide_states
 from inplace_builder.states.lift import FunctionalGraph, lift_mutated_buffers
 from inplace_builder.states.rewrite import rewrite_updates
@@ -132,22 +132,16 @@ def capture_exported(
         raise BuildError("example_inputs is one tensor, not a tuple of arguments: write (x,)")
     # 1. Export the module and make it a function: what it mutates goes in and comes out.
     module = getattr(module, "_orig_mod", module)  # what torch.compile was called with
-    own = module
-    pairs: Mapping[int, int] = {}
-    if isinstance(module, torch.nn.Module):
-        adapted = adapt_states(module, example_inputs, kwargs, states)
-        module, states, pairs = adapted.module, adapted.states, adapted.pairs
-    elif isinstance(states, Mapping):
-        raise BuildError("states={input: output} needs the module itself, not its export")
-    functional = lift_mutated_buffers(
-        module,
-        example_inputs,
-        states=states,
-        dynamic_shapes=dynamic_shapes,
-        kwargs=kwargs,
-        shared=shared,
-        batched=batched,
-    )
+    with adapted_states(module, example_inputs, kwargs, states) as adapted:
+        functional = lift_mutated_buffers(
+            module,
+            example_inputs,
+            states=adapted.states,
+            dynamic_shapes=dynamic_shapes,
+            kwargs=kwargs,
+            shared=shared,
+            batched=batched,
+        )
     functional.check_assumed(assume_consecutive)
     _check_slots_name_is_free(functional)
     graph_module = functional.graph_module
@@ -180,11 +174,20 @@ def capture_exported(
     # 9. Export again, with a dynamic number of slots.
     exported = _export(functional, captured, rows)
     arguments: Any = (tuple(example_inputs), dict(kwargs or {}))
-    if isinstance(own, ExportedProgram):
-        own, arguments = own.module(), own.example_inputs
     places = dict(zip(functional.inputs, functional.places, strict=True))
-    eager = functools.partial(EagerModule, own, arguments, places, pairs)
+    eager = functools.partial(_eager_module, module, arguments, places, adapted.pairs)
     return _described(exported, functional, original, eager, captured, rows)
+
+
+def _eager_module(
+    module: torch.nn.Module | ExportedProgram,
+    arguments: Any,
+    places: Mapping[str, int],
+    pairs: Mapping[int, int],
+) -> EagerModule:
+    if isinstance(module, ExportedProgram):
+        module, arguments = module.module(), module.example_inputs
+    return EagerModule(module, arguments, places, pairs)
 
 
 def _constants(module: GraphModule) -> dict[Node, Tensor]:

@@ -41,6 +41,7 @@ from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.export import (
     InterpretedModule,
     correct_lstm,
+    export_module,
     named_extents,
     rename_inputs,
     size_oblivious,
@@ -90,7 +91,10 @@ def capture_token_steps(
     # 2. Capture one token of one sequence.
     with quiet(), _eager_attention(model), grouped_experts(model):
         step = SequenceStep(model, options.capacity)
-        captured = capture_exported(step, (step.token(0), step.position(0)))
+        # exported here: its states are its buffers, none is among what the model's own objects keep
+        captured = capture_exported(
+            export_module(step, (step.token(0), step.position(0)), None, None)
+        )
     # 3. Run every operator for many rows, and export that with a decoder's inputs.
     row_options = RowOptions(options.max_rows, positions=POSITION, outputs=("logits",))
     states = tuple(row_spec(state, row_options) for state in captured.states)

@@ -395,7 +395,6 @@ _INDEX_ARGUMENTS: dict[Any, int] = {
 """The position of the index among the arguments of operators that have one."""
 
 _WITHIN = (
-    aten.clamp.default,
     aten.remainder.Scalar,
     aten.argmax.default,
     aten.argmin.default,
@@ -414,13 +413,21 @@ def check_branch(cond: Node, branch: GraphModule) -> None:
         for index in indices:
             while isinstance(index, Node) and index.target in _KEEP_VALUES:
                 index = index.args[0]
-            if isinstance(index, Node) and index.op != "get_attr" and index.target not in _WITHIN:
+            if isinstance(index, Node) and index.op != "get_attr" and not _is_within(index):
                 raise BuildError(
                     f"torch.cond{source_line(cond)} cannot be run for several rows at once: both "
                     f"branches are computed and one is chosen for each row, and {node.target}"
                     f"{source_line(node)} may index outside where its branch is not taken; clamp "
                     f"the index inside the branch"
                 )
+
+
+def _is_within(index: Node) -> bool:
+    """Whether an index is within limits; a clamp on one side is not."""
+    if index.target is aten.clamp.default:
+        limits = [*index.args[1:], *index.kwargs.values()]
+        return sum(limit is not None for limit in limits) == 2
+    return index.target in _WITHIN
 
 
 _KEEP_VALUES = (

@@ -3,9 +3,7 @@
 Export, describe the call, write the files, verify, publish.
 """
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +43,7 @@ from inplace_builder.graph.export import export_module
 from inplace_builder.graph.program import move_to_device
 from inplace_builder.graph.writer import dtype_and_shape, symbol_ranges
 from inplace_builder.standalone.verify import verify
-from inplace_builder.states.adapt import States, adapt_states
+from inplace_builder.states.adapt import States, adapted_states
 from inplace_builder.states.state import CapturedState, Owner
 
 if TYPE_CHECKING:
@@ -102,68 +100,47 @@ def build(
         raise BuildError(
             "alias belongs to TensorRT engines; the PyTorch engine has no choice of mechanism"
         )
-    if isinstance(module, torch.nn.Module):
-        adapted = adapt_states(module, example_inputs, kwargs, states)
-        module, states = adapted.module, adapted.states
-    exported = export_for(
-        module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
-    )
-    arguments = (
-        (tuple(example_inputs), dict(kwargs or {}))
-        if isinstance(module, torch.nn.Module)
-        else module.example_inputs
-    )
-    arguments = deepcopy(arguments)  # on the device where the module takes them
-    reference = _reference(module)
-    capture = capture_exported(
-        exported,
-        states=states,
-        assume_consecutive=assume_consecutive,
-        strict=strict,
-        alignment=alignment(engine),
-    )
-    call = describe_call(exported, capture)
-    with publish_engine(target) as folder:
-        plan = None
-        if engine != "torch":  # importing the converters takes as long as importing PyTorch
-            from inplace_builder.lower.compile import Target
-            from inplace_builder.standalone.plan import build_plan
+    with adapted_states(module, example_inputs, kwargs, states) as adapted:
+        exported = export_for(
+            module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
+        )
+        capture = capture_exported(
+            exported,
+            states=adapted.states,
+            assume_consecutive=assume_consecutive,
+            strict=strict,
+            alignment=alignment(engine),
+        )
+        call = describe_call(exported, capture)
+        # on the device where the module takes them
+        arguments: Any = (tuple(example_inputs), dict(kwargs or {}))
+        if isinstance(module, torch.nn.Module):
+            reference = module
+        else:
+            reference, arguments = module.module(), module.example_inputs
+        with publish_engine(target) as folder:
+            plan = None
+            if engine != "torch":  # importing the converters takes as long as importing PyTorch
+                from inplace_builder.lower.compile import Target
+                from inplace_builder.standalone.plan import build_plan
 
-            plan = build_plan(
-                capture,
-                call,
-                Target.of(engine),
-                alias=alias,
-                strict=strict,
-                optimization_level=optimization_level,
-            )
-        with disk_errors(target):
-            manifest = write_files(folder, capture, call, plan)
-        with load_errors():
-            loaded = Engine.load(folder)
-        notes = verify(loaded, reference, arguments, assume_consecutive=assume_consecutive)
-        manifest = manifest.model_copy(update={"built_with": manifest.built_with | notes})
-        with disk_errors(target):
-            manifest.save(folder)
+                plan = build_plan(
+                    capture,
+                    call,
+                    Target.of(engine),
+                    alias=alias,
+                    strict=strict,
+                    optimization_level=optimization_level,
+                )
+            with disk_errors(target):
+                manifest = write_files(folder, capture, call, plan)
+            with load_errors():
+                loaded = Engine.load(folder)
+            notes = verify(loaded, reference, arguments, assume_consecutive=assume_consecutive)
+            manifest = manifest.model_copy(update={"built_with": manifest.built_with | notes})
+            with disk_errors(target):
+                manifest.save(folder)
     return Engine.load(target)
-
-
-def _reference(module: torch.nn.Module | ExportedProgram) -> torch.nn.Module:
-    """A copy to compare with, whose buffers change as the engine's states do.
-
-    Raises:
-        BuildError: the module cannot be copied.
-    """
-    try:
-        with warnings.catch_warnings():
-            # torch warns of itself where an exported program is copied
-            warnings.simplefilter("ignore", FutureWarning)
-            copied = deepcopy(module)
-    except Exception as error:
-        raise BuildError(
-            f"the module cannot be copied, which verification needs: {brief(error)}"
-        ) from error
-    return copied.module() if isinstance(copied, ExportedProgram) else copied
 
 
 def alignment(engine: EngineKind) -> int:

@@ -22,7 +22,7 @@ from inplace_builder.standalone.build import (
     lowering_records,
     state_records,
 )
-from inplace_builder.states.adapt import adapt_states
+from inplace_builder.states.adapt import adapted_states
 
 if TYPE_CHECKING:
     from inplace_builder.lower.compile import CompiledPlan
@@ -114,11 +114,10 @@ def serialize(
         BuildError: as in `inplace_builder.build`; or buffers are mutated and not lifted.
         LoadError: the TensorRT that was asked for is not installed.
     """
-    if isinstance(module, torch.nn.Module):
-        module = adapt_states(module, example_inputs, kwargs).module
-    exported = export_for(
-        module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
-    )
+    with adapted_states(module, example_inputs, kwargs):
+        exported = export_for(
+            module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
+        )
     capture = capture_exported(
         exported, assume_consecutive=assume_consecutive, strict=strict, alignment=alignment(engine)
     )

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from inplace_builder.compare import TOLERANCE, is_inexact, relative_error, same_bits
 from inplace_builder.errors import BuildError, brief, rejected
+from inplace_builder.states.attributes import KeptValues, refuse_fake
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 """Types that positions may have: PyTorch does not compute with the other integer types."""
@@ -34,7 +35,8 @@ def verify(
 
     Args:
         engine: the engine, loaded from its files.
-        reference: a copy of the module, whose buffers change as the engine's states do.
+        reference: the module itself, as hooks and functions that it keeps may refer to it; its
+            buffers change as the engine's states do, and are as they were afterwards.
         arguments: ``(args, kwargs)`` of the build; not changed.
         assume_consecutive: integer inputs that are always consecutive positions; not changed.
 
@@ -52,8 +54,9 @@ def verify(
         Tensor, lambda tensor: tensor.to(device), deepcopy(arguments)
     )
     changes = _ArgumentChanges(engine.manifest, assume_consecutive)
-    for pair in _calls(changes, reference, module_arguments, engine_arguments):
-        comparison.call(*pair)
+    with KeptValues(reference).kept():
+        for pair in _calls(changes, reference, module_arguments, engine_arguments):
+            comparison.call(*pair)
     exact = comparison.max_error == 0
     return {
         "verified_calls": str(comparison.num_calls),
@@ -78,11 +81,11 @@ def _calls(
 
 
 def _accepts(reference: torch.nn.Module, arguments: Any) -> bool:
-    """Whether the module can be called with these arguments; tried on copies."""
+    """Whether the module can be called with these arguments; tried on copies of them."""
     args, kwargs = deepcopy(arguments)
     try:
-        with torch.no_grad():
-            deepcopy(reference)(*args, **kwargs)
+        with KeptValues(reference).kept(), torch.no_grad():
+            reference(*args, **kwargs)
     except Exception:  # of any type: the module was not made for these arguments
         return False
     return True
@@ -140,6 +143,7 @@ class _Comparison:
                 f"the module cannot be called {self.num_calls} times with its example inputs: "
                 f"{brief(error)}"
             ) from error
+        refuse_fake(outputs)
         if pytree.tree_structure(arguments) != self._structure:
             raise BuildError(
                 "the module adds to its arguments, or takes something away; "

@@ -2,23 +2,27 @@
 
 Every route of the builder takes for a state what a module writes. Other modules are given their
 states and return the new ones (``y, *new = f(x, *states)``), or keep them in Python attributes.
-`adapt_states` makes of either a module that writes: the same layers and names, a ``forward`` that
-copies the new values into the states.
+`adapted_states` lets either write for a while: the same module, because hooks and functions that it
+keeps may refer to it, with a ``forward`` that copies the new values into the states.
 """
 
 import copy
 import functools
 import inspect
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.states.attributes import KeptValues, attributes_of, holder_of
 
 Output = int | str
 """The place of an output among the leaves of what a module returns; or the field or key of it."""
@@ -27,18 +31,20 @@ States = str | Collection[str] | Mapping[str, Output]
 """``auto``; the names of exactly what the module writes; or the output that becomes each input."""
 
 
-def adapt_states(
-    module: nn.Module,
+@contextmanager
+def adapted_states(
+    module: nn.Module | ExportedProgram,
     example_inputs: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     states: States = "auto",
-) -> "AdaptedModule":
-    """A module that writes its states, made of one that returns them or has them as attributes.
+) -> Iterator["AdaptedStates"]:
+    """Let a module write states that it returns or has as attributes, until the context ends.
 
-    What was assumed is printed to stderr.
+    Then the module is as it was, its buffers and attributes too. What was assumed is printed to
+    stderr.
 
     Args:
-        module: the module; it is not changed.
+        module: the module; an exported program stays as it is.
         example_inputs: its positional arguments.
         kwargs: its keyword arguments.
         states: for each input that is a state the output that is its new value. With ``auto``, if
@@ -47,14 +53,44 @@ def adapt_states(
 
     Raises:
         BuildError: ``states`` names no input or no output, or the two differ in shape; an attribute
-            that changes is no tensor of fixed shape.
+            that changes is no tensor of fixed shape; ``states`` is given for an exported program.
     """
+    if isinstance(module, ExportedProgram):
+        if isinstance(states, Mapping):
+            raise BuildError("states={input: output} needs the module itself, not its export")
+        yield AdaptedStates(states, {})
+        return
+    if any(nn.parameter.is_lazy(each) for each in [*module.parameters(), *module.buffers()]):
+        raise BuildError(
+            "the module has lazy parameters, whose extents are not known yet: call it once "
+            "before it is captured"
+        )
+    with KeptValues(module).kept():
+        yield _adapted(module, example_inputs, kwargs, states)
+
+
+@dataclass(frozen=True)
+class AdaptedStates:
+    """The states of a module that writes them.
+
+    Attributes:
+        states: what remains of the names of the states.
+        pairs: of states that are passed in and returned, the place of the new value among the
+            leaves of what the user's module returns, by the place among those of its arguments.
+    """
+
+    states: str | Collection[str]
+    pairs: Mapping[int, int]
+
+
+def _adapted(
+    module: nn.Module,
+    example_inputs: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    states: States,
+) -> AdaptedStates:
+    """Find the states of a module by calling it, and let it write them."""
     try:
-        if any(nn.parameter.is_lazy(each) for each in [*module.parameters(), *module.buffers()]):
-            raise BuildError(
-                "the module has lazy parameters, whose extents are not known yet: call it once "
-                "before it is captured"
-            )
         call = _Call.of(module, example_inputs, kwargs)
     except BuildError:
         raise
@@ -63,9 +99,9 @@ def adapt_states(
             raise BuildError(
                 f"states: the module cannot be called with its example inputs: {brief(error)}"
             ) from error
-        return AdaptedModule(module, states, {})
+        return AdaptedStates(states, {})
     if call.attributes:
-        module = _with_buffers(module, call.attributes)
+        _register_attributes(module, call.attributes)
         for path in call.attributes:
             _print(f"attribute {path} is a state: it changes from step to step")
     if isinstance(states, Mapping):
@@ -83,24 +119,8 @@ def adapt_states(
     else:
         pairs = {}
     if pairs:
-        module = _writing(module, pairs)
-    return AdaptedModule(module, "auto" if isinstance(states, Mapping) else states, pairs)
-
-
-@dataclass(frozen=True)
-class AdaptedModule:
-    """A module that writes its states.
-
-    Attributes:
-        module: the module; the user's own if there was nothing to adapt.
-        states: what remains of the names of the states.
-        pairs: of states that are passed in and returned, the place of the new value among the
-            leaves of what the user's module returns, by the place among those of its arguments.
-    """
-
-    module: nn.Module
-    states: str | Collection[str]
-    pairs: Mapping[int, int]
+        _write_returned(module, pairs)
+    return AdaptedStates("auto" if isinstance(states, Mapping) else states, pairs)
 
 
 def _print(message: str) -> None:
@@ -108,7 +128,7 @@ def _print(message: str) -> None:
 
 
 class _Call:
-    """One call of a copy of a module, and what it changed.
+    """One call of a module, and what it changed; afterwards the module is as it was.
 
     Attributes:
         inputs: name and tensor of each leaf of the arguments that is a tensor, by its place.
@@ -129,29 +149,34 @@ class _Call:
     def of(
         cls, module: nn.Module, example_inputs: Sequence[Any], kwargs: Mapping[str, Any] | None
     ) -> "_Call":
-        """Call a copy of the module once."""
+        """Call a module once."""
         self = cls()
         given = (tuple(example_inputs), dict(kwargs or {}))
         args, named = copy.deepcopy(given)
-        module_before, module = module, copy.deepcopy(module)
         leaves = _named_leaves(module, args, named)
         own = [tensor for _, tensor in leaves if isinstance(tensor, Tensor)]
         own += [*module.parameters(), *module.buffers()]
         buffers = dict(module.named_buffers())
         versions = [tensor._version for tensor in own]
         before = {path: _snapshot(value) for path, value in attributes_of(module).items()}
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            KeptValues(module, parameters=True).kept(),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):
             self.returned = module(*args, **named)
-        self.outputs = pytree.tree_leaves(self.returned)
-        self.writes = [tensor._version for tensor in own] != versions or any(
-            tensor is not buffers.get(name) for name, tensor in module.named_buffers()
-        )
+            self.outputs = pytree.tree_leaves(self.returned)
+            self.writes = [tensor._version for tensor in own] != versions or any(
+                tensor is not buffers.get(name) for name, tensor in module.named_buffers()
+            )
+            after = {
+                path: pytree.tree_leaves(value) for path, value in attributes_of(module).items()
+            }
         first = _named_leaves(module, *given)
         self.inputs = {
             place: leaf for place, leaf in enumerate(first) if isinstance(leaf[1], Tensor)
         }
-        after = attributes_of(module)
-        _refuse_late(module_before, module, after)
+        _refuse_late(module, after)
         self.attributes = {
             path: value[0] for path, value in before.items() if _changed(path, *value, after)
         }
@@ -178,73 +203,21 @@ def _named_leaves(
 # Python attributes.
 
 
-_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
-"""Attributes of every module that are PyTorch's."""
+def _refuse_late(module: nn.Module, after: Mapping[str, list[Any]]) -> None:
+    """BuildError if an attribute holds a tensor only after the first step.
 
-MAX_DEPTH = 3
-"""Objects, lists and dictionaries between a module and an attribute with a tensor."""
-
-
-def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module, its parts and their objects that hold tensors or numbers.
-
-    Returns:
-        Their values by their path: ``encoder.hidden``, ``encoder.cache.keys``, ``caches.0.keys``.
+    Args:
+        module: the module as it is before the first step.
+        after: the leaves of its attributes after it.
     """
-    attributes: dict[str, Any] = {}
-    seen: set[int] = set()
-
-    def collect(path: str, value: Any, depth: int) -> None:
-        leaves = pytree.tree_leaves(value)
-        if isinstance(value, int | float) or any(isinstance(x, Tensor) for x in leaves):
-            attributes[path] = value
-        elif depth < MAX_DEPTH and id(value) not in seen:
-            seen.add(id(value))
-            for name, held in _held(value):
-                collect(f"{path}.{name}", held, depth + 1)
-
-    for prefix, part in module.named_modules():
-        for name, value in vars(part).items():
-            if name not in _OWN_ATTRIBUTES and not isinstance(value, nn.Module):
-                collect(f"{prefix}.{name}" if prefix else name, value, 0)
-    return attributes
-
-
-def _held(value: Any) -> list[tuple[str, Any]]:
-    """What an object, a list or a dictionary holds, by name."""
-    if isinstance(value, list | tuple):
-        return [(str(place), each) for place, each in enumerate(value)]
-    if isinstance(value, dict):
-        return [(key, each) for key, each in value.items() if isinstance(key, str)]
-    known = isinstance(value, nn.Module | type | torch.dtype) or callable(value)
-    if known or type(value).__module__.partition(".")[0] == "torch":
-        return []
-    return list(getattr(value, "__dict__", {}).items())
-
-
-def holder_of(module: nn.Module, path: str) -> Any:
-    """The object at a path, which an attribute belongs to; None if there is none."""
-    holder: Any = module
-    for name in path.split(".") if path else ():
-        if isinstance(holder, nn.Module) and name in holder._modules:
-            holder = holder._modules[name]
-        else:
-            held = vars(holder) if isinstance(holder, nn.Module) else dict(_held(holder))
-            holder = held.get(name)
-    return holder
-
-
-def _refuse_late(before: nn.Module, after: nn.Module, attributes: Mapping[str, Any]) -> None:
-    """BuildError if an attribute holds a tensor only after the first step."""
-    for path, value in attributes.items():
+    for path, leaves in after.items():
         prefix, _, name = path.rpartition(".")
-        holder = holder_of(before, prefix)
+        holder = holder_of(module, prefix)
         old = getattr(holder, "__dict__", {}).get(name, _MISSING)
         if old is None or (old is not _MISSING and not pytree.tree_leaves(old)):
             raise BuildError(
-                f"attribute {path} is {old!r} before the first step and "
-                f"{_described(pytree.tree_leaves(value))} after it: begin with a tensor of that "
-                f"shape, register_buffer({name!r}, …)"
+                f"attribute {path} is {old!r} before the first step and {_described(leaves)} after "
+                f"it: begin with a tensor of that shape, register_buffer({name!r}, …)"
             )
 
 
@@ -259,14 +232,18 @@ def _snapshot(value: Any) -> tuple[Any, list[Any], list[Any]]:
 
 
 def _changed(
-    path: str, old: Any, leaves: Sequence[Any], values: Sequence[Any], after: Mapping[str, Any]
+    path: str,
+    old: Any,
+    leaves: Sequence[Any],
+    values: Sequence[Any],
+    after: Mapping[str, list[Any]],
 ) -> bool:
     """Whether an attribute changed.
 
     Raises:
         BuildError: to something that is no tensor of the same shape.
     """
-    new = pytree.tree_leaves(after.get(path))
+    new = after.get(path, [None])
     same = len(new) == len(leaves) and all(
         a is b if isinstance(a, Tensor) else type(a) is type(b) and a == b
         for a, b in zip(leaves, new, strict=False)
@@ -276,7 +253,7 @@ def _changed(
     if isinstance(old, int | float):
         raise BuildError(
             f"attribute {path} is a Python number that a step changes, from {old} to "
-            f"{after.get(path)}: a graph holds it fast; make it a tensor (register_buffer)"
+            f"{new[0]}: a graph holds it fast; make it a tensor (register_buffer)"
         )
     described = [_described(values), _described(new)]
     if described[0] != described[1] or not all(isinstance(x, Tensor) for x in new):
@@ -293,58 +270,64 @@ def _described(leaves: Sequence[Any]) -> list[str]:
     ]
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """A module of the same parameters and buffers, whose attributes can be changed."""
-    copied = copy.copy(module)
-    for registered in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        copied.__dict__[registered] = copy.copy(module.__dict__[registered])
-    for name, part in module._modules.items():
-        if part is not None:
-            copied._modules[name] = _shallow_copy(part)
-    return copied
-
-
-def _with_buffers(module: nn.Module, attributes: Mapping[str, Any]) -> nn.Module:
-    """The module with these attributes as buffers; ``forward`` makes containers of theirs."""
-    copied = _shallow_copy(module)
-    containers: dict[str, tuple[str, list[str], Any]] = {}
+def _register_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    """Make buffers of the tensors in these attributes, which ``forward`` fills in and reads off."""
+    containers: dict[str, tuple[str, list[str], Any, Any]] = {}
     for path, value in attributes.items():
         prefix, _, name = path.rpartition(".")
-        part = holder_of(copied, prefix)
+        part = holder_of(module, prefix)
         if isinstance(value, Tensor) and isinstance(part, nn.Module):
             del part.__dict__[name]
             part.register_buffer(name, value, persistent=False)
             continue
         leaves, spec = pytree.tree_flatten(value)
-        owner, base = _owner(copied, path)
+        owner, base = _owner(module, path)
         names = [base] if isinstance(value, Tensor) else [f"{base}_{x}" for x in range(len(leaves))]
         for each, leaf in zip(names, leaves, strict=True):
-            copied.get_submodule(owner).register_buffer(each, leaf, persistent=False)
-        containers[path] = (owner, names, spec)
+            module.get_submodule(owner).register_buffer(each, leaf, persistent=False)
+        # the module's own, as others may refer to it: torch.export leaves a copy in its place
+        containers[path] = (owner, names, spec, vars(part)[name])
     if not containers:
-        return copied
-    forward = type(copied).forward
+        return
+    forward = module.forward
 
     @functools.wraps(forward)
-    def adapted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        kept: list[tuple[dict[str, Any], str, Any, list[Tensor]]] = []
-        for path, (owner, names, spec) in containers.items():
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        kept: list[tuple[dict[str, Any], str, Any, Any, list[Tensor]]] = []
+        for path, (owner, names, spec, original) in containers.items():
             prefix, _, name = path.rpartition(".")
-            attributes = vars(holder_of(self, prefix))
-            tensors = [self.get_submodule(owner).get_buffer(each) for each in names]
-            kept.append((attributes, name, attributes[name], tensors))
-            attributes[name] = pytree.tree_unflatten(tensors, spec)
+            attributes = vars(holder_of(module, prefix))
+            tensors = [module.get_submodule(owner).get_buffer(each) for each in names]
+            content = pytree.tree_map(lambda leaf: leaf, original)
+            kept.append((attributes, name, original, content, tensors))
+            attributes[name] = _filled(original, pytree.tree_unflatten(tensors, spec))
         try:
-            returned = forward(self, *args, **kwargs)
-            for attributes, name, _, tensors in kept:
+            returned = forward(*args, **kwargs)
+            for attributes, name, *_, tensors in kept:
                 new = pytree.tree_leaves(attributes[name])
                 _copy_all(zip(tensors, new, strict=True))
         finally:
-            for attributes, name, original, _ in kept:
-                attributes[name] = original
+            for attributes, name, original, content, _ in kept:
+                attributes[name] = _filled(original, content)
         return returned
 
-    return _of_class(copied, adapted)
+    module.__dict__["forward"] = adapted
+
+
+def _filled(value: Any, content: Any) -> Any:
+    """A value with other content; lists and dictionaries are filled, as others refer to them."""
+    if isinstance(value, dict) and isinstance(content, dict):
+        new = {key: _filled(value.get(key), each) for key, each in content.items()}
+        value.clear()
+        value.update(new)
+        return value
+    if isinstance(value, list | deque) and type(content) is type(value):
+        old = dict(enumerate(value))
+        items = [_filled(old.get(place), each) for place, each in enumerate(content)]
+        value.clear()
+        value.extend(items)
+        return value
+    return content
 
 
 def _owner(module: nn.Module, path: str) -> tuple[str, str]:
@@ -353,13 +336,6 @@ def _owner(module: nn.Module, path: str) -> tuple[str, str]:
     parts = dict(module.named_modules())
     count = next(n for n in reversed(range(len(names))) if ".".join(names[:n]) in parts)
     return ".".join(names[:count]), "_".join(names[count:])
-
-
-def _of_class(module: nn.Module, forward: Any) -> nn.Module:
-    """Let a module have another ``forward``."""
-    original = type(module)
-    module.__class__ = type(original.__name__, (original,), {"forward": forward})
-    return module
 
 
 def _copy_all(pairs: Any) -> None:
@@ -447,20 +423,19 @@ def _matched(call: _Call) -> dict[int, int]:
     return dict(sorted(pairs.items()))
 
 
-def _writing(module: nn.Module, pairs: Mapping[int, int]) -> nn.Module:
-    """The module, returning what is no state and writing the states."""
-    copied = _shallow_copy(module)
-    forward = type(copied).forward
+def _write_returned(module: nn.Module, pairs: Mapping[int, int]) -> None:
+    """Let a module return what is no state, and write the states."""
+    forward = module.forward
 
     @functools.wraps(forward)
-    def adapted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def adapted(*args: Any, **kwargs: Any) -> Any:
         given = pytree.tree_leaves((args, kwargs))
-        returned = forward(self, *args, **kwargs)
+        returned = forward(*args, **kwargs)
         leaves, remaining = pytree.tree_leaves(returned), _without(returned, set(pairs.values()))
         _copy_all((given[place], leaves[of]) for place, of in pairs.items())
         return remaining
 
-    return _of_class(copied, adapted)
+    module.__dict__["forward"] = adapted
 
 
 def _without(returned: Any, states: Collection[int]) -> Any:

@@ -93,7 +93,8 @@ class RequestKind(StrEnum):
     """What a request asks for; see docs/protocol.md.
 
     A request with ``max_tokens`` is a generation, and one with ``fetch`` but without ``max_tokens``
-    fetches. An END without inputs and without START only ends. Any other request is a step.
+    fetches. An END without inputs and without START only ends, unless a schedule is for it. Any
+    other request is a step.
     ``PROXY`` is a generation that the generate proxy starts.
     """
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 from inplace.drivers import StepDriver
 from inplace.engines import NO_OTHER_THREADS
-from inplace.errors import RequestError
 from inplace.runtime.batcher import form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance
 from inplace_builder import BuildOptions, Call, RowOptions, capture_programs, write_engine
-from support.transducing import GreedySearch, chunks
+from support.transducing import check_streams, chunks
 from torch import Tensor, nn
 from transducer import FRAMES, MAX_SYMBOLS, Decode, Encode, capture, modules
 
@@ -58,20 +57,10 @@ def test_streams_get_the_same_tokens_however_many_calls_are_made_at_once(
     folder: Path, parts: tuple[Encode, Decode], most: int
 ) -> None:
     instance = ScheduledInstance.open(folder)
-    instance.loop_calls, streams = most, [chunks(stream, 8) for stream in range(3)]
-    launches, searches = counting(instance, "decode"), [GreedySearch(*parts) for _ in streams]
+    instance.loop_calls, launches = most, counting(instance, "decode")
     driver = StepDriver(instance)
     try:
-        for place in range(8):
-            answers = driver.run(
-                [
-                    Request(number + 1, place == 0, False, {"features": stream[place][None]})
-                    for number, stream in enumerate(streams)
-                ]
-            )
-            for search, stream, answer in zip(searches, streams, answers, strict=True):
-                assert not isinstance(answer, RequestError), answer
-                assert answer["tokens"][0].tolist() == search.feed(stream[place])
+        check_streams(driver, parts, 8)
     finally:
         driver.close()
     assert max(launches) == most if most < 4 else 4 <= max(launches) <= FRAMES * MAX_SYMBOLS

@@ -1,6 +1,6 @@
 """Which schedule a request runs: by its flags, and by the inputs that it has."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,12 @@ import pytest
 import torch
 from inplace.drivers import StepDriver
 from inplace.errors import Code, RequestError
-from inplace.runtime.requests import Request
+from inplace.parameters import Parameter
+from inplace.protocol import LANGUAGE, POSITION, SAMPLE_RATE, SEQUENCE_KEY
+from inplace.runtime.requests import NO_PARAMETERS, Request
 from inplace.runtime.schedules import ScheduledInstance
-from inplace.schema.served import Manifest
+from inplace.schema.served import Manifest, Program, check_schedules
+from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace.server.model_config import ServerTensor
 from inplace_builder import (
     BuildError,
@@ -41,18 +44,30 @@ def driver(folder: Path) -> Iterator[StepDriver]:
     running.close()
 
 
-def run(driver: StepDriver, flags: str = "", **inputs: list[float]) -> dict[str, Any]:
+def run(
+    driver: StepDriver,
+    flags: str = "",
+    parameters: Mapping[str, Parameter] = NO_PARAMETERS,
+    **inputs: list[float],
+) -> dict[str, Any]:
     """The outputs of a request of one sequence, as lists; raises its error."""
     tensors = {name: torch.tensor([values]) for name, values in inputs.items()}
-    [answer] = driver.run([Request(1, "start" in flags, "end" in flags, tensors)])
+    request = Request(1, "start" in flags, "end" in flags, tensors, parameters=parameters)
+    [answer] = driver.run([request])
     if isinstance(answer, RequestError):
         raise answer
     return {name: tensor[0].tolist() for name, tensor in answer.items()}
 
 
-def refusal(driver: StepDriver, code: Code, flags: str = "", **inputs: list[float]) -> str:
+def refusal(
+    driver: StepDriver,
+    code: Code,
+    flags: str = "",
+    parameters: Mapping[str, Parameter] = NO_PARAMETERS,
+    **inputs: list[float],
+) -> str:
     with pytest.raises(RequestError) as error:
-        run(driver, flags, **inputs)
+        run(driver, flags, parameters, **inputs)
     assert error.value.code is code
     return str(error.value)
 
@@ -65,6 +80,17 @@ def test_flags_and_inputs_choose_the_schedule(driver: StepDriver) -> None:
     answer = run(driver, "end", entries=[1, 2, 3, 4.0])
     assert answer == {"tokens": [114], "counted": [4], "last": [1114]}
     assert len(driver.instance.table) == 0
+
+
+def test_a_start_that_continues_runs_the_schedule_of_a_later_request(driver: StepDriver) -> None:
+    """Triton has forgotten the sequence, so the client sends its request with START."""
+    run(driver, "start", {SEQUENCE_KEY: "k", POSITION: 0}, entries=[1, 2, 3, 4.0])
+    later: dict[str, Parameter] = {SEQUENCE_KEY: "k", POSITION: 1}
+    answer = run(driver, "start", later, value=[100.0], entries=[1, 1, 1, 1.0])
+    assert answer == {"was_set": [100], "tokens": [104], "counted": [4]}
+    run(driver, "end", {SEQUENCE_KEY: "k"}, entries=[])
+    message = refusal(driver, Code.POSITION, "start", later, value=[1.0], entries=[1, 1, 1, 1.0])
+    assert "meant for position 1, the sequence holds 0" in message
 
 
 def test_the_last_chunk_may_be_shorter(driver: StepDriver) -> None:
@@ -91,6 +117,10 @@ def test_an_end_without_a_schedule_only_ends(tmp_path: Path) -> None:
         assert run(driver, entries=[1.0, 2.0])["tokens"] == [4]
         assert run(driver, "end", entries=[]) == {}
         assert "no sequence 1 is live" in refusal(driver, Code.UNKNOWN_SEQUENCE, "end", entries=[])
+        run(driver, "start", entries=[1.0])
+        rate = {SAMPLE_RATE: 16000}
+        message = refusal(driver, Code.BAD_PARAMETER, "end", rate, entries=[])
+        assert "does not have the parameters ['sample_rate']; it takes no audio" in message
         run(driver, "start", entries=[1.0])
         message = refusal(driver, Code.BAD_INPUT, "end", entries=[1.0])
         assert "a request (end) has the inputs ['entries']; no schedule of this model" in message
@@ -129,3 +159,17 @@ def test_schedules_that_no_request_can_tell_apart_are_refused() -> None:
     programs = {"add": (Set(Total()), RowOptions(max_rows=2), (torch.zeros(1),))}
     with pytest.raises(BuildError, match="give either calls and loops, or schedules"):
         capture_programs(programs, mixed)
+
+
+def test_parameters_choose_no_schedule(folder: Path) -> None:
+    add = Manifest.load(folder).program("add")
+    option = TensorSpec(
+        name=LANGUAGE, role=Role.OPTION, dtype=Dtype.INT64, shape=(1,), choices=("", "en")
+    )
+    fields: dict[str, Any] = {name: getattr(add, name) for name in Program.model_fields}
+    spoken = Program(**fields | {"name": "spoken", "inputs": (*add.inputs, option)})
+    plain, with_language = (
+        Schedule(name=name, calls=(Call(program=name),)) for name in ("add", "spoken")
+    )
+    with pytest.raises(ValueError, match="schedules add and spoken are both for requests"):
+        check_schedules([plain, with_language], [add, spoken])

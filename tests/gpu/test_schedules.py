@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from inplace.drivers import StepDriver
-from inplace.errors import RequestError
-from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance
 from inplace_builder import BuildOptions, write_engine
-from support.transducing import GreedySearch, chunks
+from support.transducing import check_streams
 from transducer import capture, modules
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
@@ -31,18 +29,8 @@ def test_streams_get_the_tokens_of_greedy_search(folder: Path, loop_calls: int) 
     instance = ScheduledInstance.open(folder)
     assert instance.loop_calls == 8
     instance.loop_calls = loop_calls
-    parts, streams = modules(), [chunks(stream, 12) for stream in range(3)]
-    searches, driver = [GreedySearch(*parts) for _ in streams], StepDriver(instance)
+    driver = StepDriver(instance)
     try:
-        for place in range(12):
-            answers = driver.run(
-                [
-                    Request(number + 1, place == 0, False, {"features": stream[place][None]})
-                    for number, stream in enumerate(streams)
-                ]
-            )
-            for search, stream, answer in zip(searches, streams, answers, strict=True):
-                assert not isinstance(answer, RequestError), answer
-                assert answer["tokens"][0].tolist() == search.feed(stream[place])
+        check_streams(driver, modules(), 12)
     finally:
         driver.close()

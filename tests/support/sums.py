@@ -80,7 +80,7 @@ def capture_sums(schedules: list[Schedule], **options: Any) -> ProgramsCapture:
         "set": (Set(shared), RowOptions(max_rows=4, outputs=("was_set",)), (torch.zeros(1),)),
         "flush": (Flush(shared), flush, ()),
     }
-    called = {call.program for each in schedules for loop in each.loops for call in loop.calls}
+    called = frozenset[str]().union(*(each.programs for each in schedules))
     return capture_programs(
         {name: program for name, program in programs.items() if name in called}, schedules
     )

@@ -153,7 +153,7 @@ class CallQueue(Scheduler):
 
     @property
     def has_generations(self) -> bool:
-        """True: their calls do not wait for more requests."""
+        """Whether any request waits: like generations, calls do not wait for more requests."""
         return bool(self._requests)
 
     def call(self) -> list[StreamRequest]:

@@ -176,8 +176,7 @@ class StepDriver:
             if not active.finished:
                 waiting.append(active)
                 continue
-            answers[index] = self._with_text(active)  # it has nothing to call
-            instance.finish(active)
+            self._finish_schedule(index, active, answers)  # it has nothing to call
         while waiting:
             rows = instance.next_rows(waiting)
             called = set(rows)
@@ -190,14 +189,20 @@ class StepDriver:
                 self._fail(failed, answers, backend_failure(error))
                 continue
             for active in rows:
-                if not active.finished:
+                if active.finished:
+                    self._finish_schedule(indices[active], active, answers)
+                else:
                     waiting.append(active)
-                    continue
-                try:
-                    answers[indices[active]] = active.error or self._with_text(active)
-                except TokenizerError as error:
-                    self._fail([(indices[active], active)], answers, backend_failure(error))
-                instance.finish(active)
+
+    def _finish_schedule(
+        self, index: int, active: ActiveRequest, answers: list[Answer | None]
+    ) -> None:
+        """Answer a request whose schedule has ended, or whose call has failed."""
+        try:
+            answers[index] = active.error or self._with_text(active)
+        except TokenizerError as error:
+            self._fail([(index, active)], answers, backend_failure(error))
+        self.instance.finish(active)
 
     def _with_text(self, active: ActiveRequest) -> Answer:
         """The outputs of a schedule, with the text that its tokens add to the sequence's."""

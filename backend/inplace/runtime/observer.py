@@ -161,7 +161,7 @@ GENERATIONS = Metric(
 
 FIRST_TOKEN = Histogram(
     "inplace_first_token_seconds",
-    "Seconds from a generation's arrival at the backend to its first token.",
+    "Seconds from the arrival of a generation or a streamed schedule to its first token.",
     (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
 )
 
@@ -410,13 +410,13 @@ class Observer:
         self.metrics.add(PLACES, limit)
 
     def first_token(self, seconds: float) -> None:
-        """A generation has its first token, ``seconds`` after its request had arrived."""
+        """A request has its first token, ``seconds`` after it had arrived."""
         self.metrics.observe(FIRST_TOKEN, seconds)
 
     def generation_finished(
         self, sequence_id: SequenceId, request_id: str, finish_reason: str, num_tokens: int
     ) -> None:
-        """A generation finished with ``num_tokens`` tokens."""
+        """A generation, or a streamed schedule, finished with ``num_tokens`` tokens."""
         self.metrics.add(GENERATIONS, label_value=finish_reason)
         if log.isEnabledFor(logging.DEBUG):
             log.debug(

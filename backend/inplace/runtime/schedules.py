@@ -39,7 +39,7 @@ MAX_SAVED_BYTES = 64
 enough for a counter, a last token and the like."""
 
 
-MAX_LOOP_CALLS = 8
+GPU_LOOP_CALLS = 8
 """The default of `ScheduledInstance.loop_calls` on a GPU."""
 
 
@@ -94,7 +94,7 @@ class ScheduledInstance(ModelInstance):
         }
         self.max_rows = {program.name: program.max_rows for program in manifest.programs}
         self._repeated = _repeated_programs(manifest)
-        self.loop_calls = MAX_LOOP_CALLS if manifest.device == "cuda" else 1
+        self.loop_calls = GPU_LOOP_CALLS if manifest.device == "cuda" else 1
         self._needed: dict[str, float] = {}  # by program, how many calls rows have needed of late
         self._saved_states = {
             each.name: saved_states(manifest, each) for each in manifest.schedules
@@ -144,7 +144,8 @@ class ScheduledInstance(ModelInstance):
         return self._stream is not None or ("end", frozenset()) in self._by_inputs
 
     def _interface(self, request: Request) -> Program:
-        return self.interfaces[self._choose(request, start=request.start).name]
+        start = request.start and not request.continues_sequence
+        return self.interfaces[self._choose(request, start=start).name]
 
     def _choose(self, request: Request, *, start: bool) -> Schedule:
         """The schedule of a request.
@@ -264,6 +265,7 @@ class ScheduledInstance(ModelInstance):
         batch = form_batch(self.programs[name], rows, token_budget)
         requested = self._read[name].union(*(active.requested_outputs for active in rows))
         requested &= self._output_names[name]
+        # Of outputs that are no tokens the last call's are sent, and which that is, is not known.
         num_calls = 1 if requested - self._read[name] else self._num_calls(name, rows)
         engine = self.engines[name]
         if num_calls == 1:
@@ -381,11 +383,10 @@ def saved_states(manifest: Manifest, schedule: Schedule) -> tuple[str, ...] | No
 
     States to which every program that writes them only appends need no copy.
     """
-    called = {call.program for loop in schedule.loops for call in loop.calls}
     replaced = {
         alias.input
         for program in manifest.programs
-        if program.name in called
+        if program.name in schedule.programs
         for alias in program.aliases
         if alias.input not in program.appended
     }

@@ -70,6 +70,11 @@ class Schedule(Record):
         """The schedule as loops: a call outside one is a loop of one round."""
         return tuple(each if isinstance(each, Loop) else Loop(calls=(each,)) for each in self.calls)
 
+    @cached_property
+    def programs(self) -> frozenset[str]:
+        """The names of the programs that it calls."""
+        return frozenset(call.program for loop in self.loops for call in loop.calls)
+
     @model_validator(mode="after")
     def _check_limits(self) -> Self:
         for loop in self.loops:

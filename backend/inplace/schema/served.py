@@ -360,11 +360,10 @@ def check_interfaces(programs: Sequence[Program]) -> None:
 
 def schedule_inputs(schedule: Schedule, programs: Sequence[Program]) -> dict[str, TensorSpec]:
     """What a client sends for a schedule: the inputs of all programs that it calls, by name."""
-    called = {call.program for loop in schedule.loops for call in loop.calls}
     return {
         spec.name: spec
         for program in programs
-        if program.name in called
+        if program.name in schedule.programs
         for spec in program.client_inputs
     }
 
@@ -380,7 +379,12 @@ def check_schedules(schedules: Sequence[Schedule], programs: Sequence[Program]) 
         raise ValueError(f"schedules {twice} are given more than once: rename them")
     seen: dict[tuple[RequestFlag, frozenset[str]], str] = {}
     for schedule in schedules:
-        inputs = frozenset(schedule_inputs(schedule, programs))
+        # Parameters choose no schedule.
+        inputs = frozenset(
+            spec.name
+            for spec in schedule_inputs(schedule, programs).values()
+            if spec.role is not Role.OPTION
+        )
         for flag in schedule.requests:
             other = seen.setdefault((flag, inputs), schedule.name)
             if other != schedule.name:
@@ -479,12 +483,7 @@ class Manifest(RecordFile):
         for schedule in self.schedules:
             self._check_schedule(schedule)
         check_schedules(self.schedules, self.programs)
-        called = {
-            call.program
-            for schedule in self.schedules
-            for loop in schedule.loops
-            for call in loop.calls
-        }
+        called = frozenset[str]().union(*(schedule.programs for schedule in self.schedules))
         if uncalled := sorted(set(names) - called):
             raise ValueError(f"no schedule calls the programs {uncalled}")
         check_interfaces(self.programs)
@@ -498,11 +497,9 @@ class Manifest(RecordFile):
             program.name: [spec.name for spec in program.outputs if spec.role is Role.DONE]
             for program in self.programs
         }
+        if unknown := sorted(schedule.programs - set(names)):
+            raise ValueError(f"schedule {schedule.name} calls {unknown}; the programs are {names}")
         for loop in schedule.loops:
-            if unknown := sorted({call.program for call in loop.calls} - set(names)):
-                raise ValueError(
-                    f"schedule {schedule.name} calls {unknown}; the programs are {names}"
-                )
             for until, program in (
                 (loop.until, loop.calls[-1].program),
                 *((call.until, call.program) for call in loop.calls),
@@ -620,8 +617,7 @@ class Manifest(RecordFile):
 
     def interface_of(self, schedule: Schedule) -> Program:
         """What a request of one schedule takes and is answered with."""
-        called = {call.program for loop in schedule.loops for call in loop.calls}
-        return self._interface(schedule.name, called)
+        return self._interface(schedule.name, schedule.programs)
 
     @property
     def optional_inputs(self) -> frozenset[str]:

@@ -437,7 +437,7 @@ class _ProxiedRequest:
 
 def _no_tokens() -> Any:
     """An input without tokens: Triton takes no request without inputs."""
-    return pb_utils.Tensor("input_ids", np.empty((1, 0), np.int64))
+    return pb_utils.Tensor(INPUT_IDS, np.empty((1, 0), np.int64))
 
 
 def _check_inputs(inputs: Sequence[Any]) -> None:

@@ -252,10 +252,11 @@ def _call_rows(config: dict[str, Any], manifest: "Manifest") -> dict[str, int]:
         name, _, digits = (each.strip() for each in part.partition("="))
         rows = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 9 else 0
         if name not in limits or not 1 <= rows <= limits[name]:
-            known = ", ".join(f"{name}=1…{most}" for name, most in limits.items())
+            each = ", ".join(f"{name}=1…{most}" for name, most in limits.items())
+            known = f"separated by commas: {each}" if each else "for an engine with a schedule"
             raise LoadError(
-                f"config.pbtxt: parameter {CALL_ROWS} is {text[:100]!r}; expected rows by program"
-                + (f", separated by commas: {known}" if known else ", and this engine has one")
+                f"config.pbtxt: parameter {CALL_ROWS} is {text[:100]!r}; expected rows by program, "
+                f"{known}"
             )
         result[name] = rows
     return result

@@ -231,9 +231,7 @@ def _example(
 
 
 def _check_called(schedules: Sequence[Schedule], programs: Mapping[str, ProgramModule]) -> None:
-    called = {
-        call.program for schedule in schedules for loop in schedule.loops for call in loop.calls
-    }
+    called = frozenset[str]().union(*(schedule.programs for schedule in schedules))
     if unknown := sorted(called - programs.keys()):
         raise BuildError(f"the schedule calls {unknown}; the programs are {list(programs)}")
     if uncalled := [name for name in programs if name not in called]:

@@ -18,6 +18,7 @@ from inplace.protocol import (
     ALLOWED_TOKEN_IDS,
     BANNED_TOKEN_IDS,
     FETCH,
+    FROM,
     GROUP,
     IGNORE_EOS,
     INPUT_IDS,
@@ -57,6 +58,10 @@ MAX_COUNT = 2**31 - 1
 
 MAX_KEY_LENGTH = 256
 """Characters of a ``sequence_key`` and of a ``group``."""
+
+
+MAX_SEQUENCE_ID_BYTES = 128
+"""Bytes of a correlation id that is a text, in UTF-8; Triton refuses more."""
 
 
 MAX_STOP_TOKEN_IDS = 64
@@ -117,8 +122,11 @@ GENERATIONS = frozenset({RequestKind.GENERATION, RequestKind.PROXY})
 STEPS_AND_GENERATIONS = STEPS | GENERATIONS
 
 
-ParameterType = Literal["boolean", "integer", "number", "key", "name", "token ids", "token biases"]
-"""``key`` is a text or an integer, whose digits are the text then; ``name`` is a text. ``token
+ParameterType = Literal[
+    "boolean", "integer", "number", "key", "name", "sequence id", "token ids", "token biases"
+]
+"""``key`` is a text or an integer, whose digits are the text then; ``name`` is a text; ``sequence
+id`` is a correlation id, for which the text of an integer is another id than the integer. ``token
 ids`` is an integer, or a text of integers with commas between them; ``token biases`` is a text of
 ``token:bias`` with commas between them."""
 
@@ -233,6 +241,13 @@ def _parse_name(spec: ParameterSpec, value: object) -> str | None:
     return value if isinstance(value, str) and 1 <= len(value) <= MAX_KEY_LENGTH else None
 
 
+def _parse_sequence_id(spec: ParameterSpec, value: object) -> int | str | None:
+    if isinstance(value, str):
+        size = len(value.encode(errors="surrogatepass"))
+        return value if 1 <= size <= MAX_SEQUENCE_ID_BYTES and "\0" not in value else None
+    return None if isinstance(value, bool) else _parse_integer(spec, value)
+
+
 def _parse_token_ids(spec: ParameterSpec, value: object) -> tuple[int, ...] | None:
     if isinstance(value, bool) or not isinstance(value, int | str):
         return None
@@ -267,6 +282,7 @@ _PARSERS: dict[ParameterType, Callable[[ParameterSpec, object], Value | None]] =
     "number": _parse_number,
     "key": _parse_key,
     "name": _parse_name,
+    "sequence id": _parse_sequence_id,
     "token ids": _parse_token_ids,
     "token biases": _parse_token_biases,
 }
@@ -339,6 +355,16 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         GROUP,
         "The requests of one group share one place in the order of the queue for slots.",
         ANY | {RequestKind.PROXY},
+    ),
+    ParameterSpec(
+        FROM,
+        "sequence id",
+        "With START: begin as a copy of this sequence, whose `sequence_key` the request carries.",
+        frozenset({RequestKind.STEP, RequestKind.GENERATION}),
+        minimum=1,
+        maximum=INT64_MAX,
+        limits=f"a correlation id: a whole number above 0 and below 2^63, or a text of 1 to"
+        f" {MAX_SEQUENCE_ID_BYTES} bytes without a NUL byte",
     ),
     ParameterSpec(
         "temperature",
@@ -502,7 +528,6 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         default=None,
     ),
     _reserved("cache_salt", "Separates cached prefixes of different clients."),
-    _reserved("from", "Begin a sequence as a copy of another one."),
     _reserved("restore", "Begin a sequence from a snapshot."),
 )
 """All parameters, in the order of the documentation."""

@@ -8,6 +8,10 @@ SEQUENCE_KEY, POSITION, GROUP = "sequence_key", "position", "group"
 """Parameters of every request."""
 
 
+FROM = "from"
+"""The parameter of a START that begins the sequence as a copy of another one."""
+
+
 ADD_SPECIAL_TOKENS = "add_special_tokens"
 """The parameter of requests with a text."""
 

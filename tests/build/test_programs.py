@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from inplace_builder import (
     write_engine,
 )
 from inplace_builder.capture.programs import ProgramsCapture
+from support.copying import is_poisoned
 from support.transducing import GreedySearch, check_streams, chunks
 from torch import Tensor, nn
 from transducer import Decode, Encode, Memory, capture, modules
@@ -101,6 +103,36 @@ def test_three_streams_in_one_call_get_the_tokens_of_greedy_search(
     driver: StepDriver, parts: tuple[Encode, Decode]
 ) -> None:
     assert len(check_streams(driver, parts, 6)) > 3
+
+
+def test_a_stream_and_its_copy_get_the_tokens_of_greedy_search(
+    instance: ScheduledInstance, driver: StepDriver, parts: tuple[Encode, Decode]
+) -> None:
+    key, streams = {"sequence_key": "mine"}, (chunks(1, 6), chunks(1, 3) + chunks(2, 3))
+    addresses = instance.arena.addresses()
+    searches = [GreedySearch(*parts) for _ in streams]
+    expected = [
+        [search.feed(chunk) for chunk in stream]
+        for search, stream in zip(searches, streams, strict=True)
+    ]
+    got: list[list[list[int]]] = [[], []]
+    for place in range(3):
+        sent = replace(request(1, streams[0][place], start=place == 0), parameters=key)
+        got[0].append(tokens(driver.run([sent])[0]))
+    got[1] = got[0].copy()
+    for place in range(3, 6):
+        sent = replace(request(1, streams[0][place]), parameters=key)
+        copy = replace(
+            request(2, streams[1][place], start=place == 3),
+            parameters=key | ({"from": 1, "position": 3} if place == 3 else {}),
+        )
+        for row, answer in zip((1, 0), driver.run([copy, sent]), strict=True):
+            got[row].append(tokens(answer))
+    assert got == expected
+    assert got[0][3:] != got[1][3:]
+    assert instance.arena.addresses() == addresses
+    others = list({*range(4)} - {instance.table.find(name).slot for name in (1, 2)})
+    assert all(is_poisoned(tensor[others]) for tensor in instance.arena.tensors.values())
 
 
 def test_rows_join_at_different_loop_counts(

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,42 @@ def test_a_step_has_the_text_of_its_tokens(
         driver.close()
     assert len(text) > 4
     assert text == tiny_tokenizer().decode(tokens)
+
+
+def test_the_text_of_a_copy_goes_on_where_its_sequence_was(
+    client: StreamClient, folder: Path
+) -> None:
+    stream, key = chunks(1, 4), {"sequence_key": "mine"}
+
+    def answers(driver: StepDriver | None) -> list[tuple[str, list[int]]]:
+        """Of two chunks, then of two more of the copy before those of the sequence itself."""
+        places = [("a", 0), ("a", 1), ("b", 2), ("b", 3), ("a", 2), ("a", 3)]
+        result = []
+        for name, place in places:
+            begins = {"from": "a"} if (name, place) == ("b", 2) else {}
+            inputs, start = {"features": stream[place][None]}, place == 0 or bool(begins)
+            request = Request(name, start, False, inputs, "r", key | begins)
+            if driver is None:
+                channel = client.send(request, requested_outputs=OUTPUTS).wait()
+                result.append((channel.text, channel.tokens))
+            else:
+                [answer] = driver.run([request])
+                assert isinstance(answer, dict), answer
+                result.append((answer["text_output"], answer["tokens"][0].tolist()))
+        return result
+
+    steps = StepDriver(ScheduledInstance.open(folder), tiny_tokenizer())
+    try:
+        for given in (answers(None), answers(steps)):
+            assert given[2:4] == given[4:]
+            text, tokens = (
+                "".join(text for text, _ in given[:4]),
+                list(chain(*(each for _, each in given[:4]))),
+            )
+            assert text == tiny_tokenizer().decode(tokens)
+            assert len(given[2][0]) > 0
+    finally:
+        steps.close()
 
 
 def test_a_step_whose_text_cannot_be_made_fails_alone(

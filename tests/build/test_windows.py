@@ -17,6 +17,7 @@ from inplace_builder.capture.slot_cache import SeenLayers, SlotCache
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.reach import position_constants, positions_to_verify
+from support.copying import check_copy
 from support.decoding import SHAPE, generate, generate_together, random_prompt
 from support.long import long_except
 from support.models import greedy, open_instance
@@ -205,7 +206,10 @@ def test_attention_in_chunks_starts_anew_in_each(tmp_path: Path) -> None:
     write_engine(capture, tmp_path / "model", OPTIONS)  # compares logits with the model's
     prompts = [random_prompt(1, 37), random_prompt(2, 3)]
     expected = [generate(model, prompt, 40) for prompt in prompts]
-    assert generate_together(open_instance(tmp_path / "model"), prompts, 40) == expected
+    instance = open_instance(tmp_path / "model")
+    assert generate_together(instance, prompts, 40) == expected
+    for length in (9, 37):  # before and after a ring is full
+        check_copy(instance, 5, length)
     whole = capture_decoder(chunked_llama(128), DECODER_OPTIONS)
     assert chunks_of(whole) == windows_of(whole) == [0, 0]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.client_adapters import AsyncAdapter, SyncAdapter
 from support.faults import FORGOTTEN, eventually
 from support.generating import GrpcStream, Output
 from support.models import greedy
@@ -195,3 +196,23 @@ def test_a_start_that_goes_on_needs_no_slot(served: Served, talk: GrpcStream) ->
         assert patient.collect() == expected(served, IDS, GENERATION)
     for name in filled:
         assert talk.request(name, [], end=True) == Output([], "step")
+
+
+@pytest.mark.parametrize("adapter", [SyncAdapter, AsyncAdapter], ids=["sync", "asyncio"])
+def test_copies_of_a_sequence_go_on_alone(served: Served, adapter: type[SyncAdapter]) -> None:
+    talk = adapter()
+    client = talk.client([served.server.grpc_url])
+    first = talk.sequence(client, MODEL, replay=False)  # the server copies, or there is an error
+    begun = first.generate(IDS, 5, ignore_eos=True)
+    tokens = [token for piece in talk.pieces(begun) for token in piece.tokens]
+    copies = [talk.wait(first.fork()) for _ in range(2)]
+    for copy, more in zip(copies, ([], [7, 8]), strict=True):
+        generation = copy.generate(more, 6, ignore_eos=True)
+        generated = [token for piece in talk.pieces(generation) for token in piece.tokens]
+        assert generated == greedy(served.llama, [*IDS, *tokens, *more], 6)
+        assert copy.length == len(IDS) + 5 + len(more) + 6
+    assert talk.wait(first.tokens([9])) == greedy(served.llama, [*IDS, *tokens, 9], 1)[0]
+    for sequence in (first, *copies):
+        talk.wait(sequence.close())
+    talk.wait(client.close())
+    talk.close()

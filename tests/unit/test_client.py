@@ -335,6 +335,84 @@ def test_generations_carry_the_group_of_their_client() -> None:
         assert tracker.infer_requests(request, MODEL)[0].parameters["group"] == expected
 
 
+def sent(tracker: SequenceTracker, ids: list[int]) -> list[InferRequest]:
+    """The requests that feed these tokens, recorded as answered."""
+    step = SequenceRequest({"input_ids": np.array(ids)})
+    requests = tracker.infer_requests(step, MODEL)
+    for request in requests:
+        tracker.sending(request, MODEL)
+    tracker.answered(step, MODEL)
+    return requests
+
+
+def test_a_copy_begins_on_the_server_while_its_source_is_unchanged_and_else_by_a_replay() -> None:
+    source = SequenceTracker("first", None, replay=True)
+    sent(source, [1, 2])
+    copies = [source.fork(f"copy {index}") for index in range(3)]
+    [request] = sent(copies[0], [3])
+    assert (request.start, request.sequence_id) == (True, "copy 0")
+    assert request.parameters == {"sequence_key": source.key, "position": 2, "from": "first"}
+    assert request.headers == {"inplace-sequence": "first"}
+    assert (copies[0].length, copies[0].key) == (3, source.key)
+    [later] = sent(copies[0], [4])
+    assert (later.start, later.parameters["position"]) == (False, 3)
+    assert later.headers == request.headers
+    sent(source, [5])
+    [replay] = sent(copies[1], [3])
+    assert replay.inputs["input_ids"].tolist() == [1, 2, 3]
+    assert (replay.start, replay.parameters["position"]) == (True, 0)
+    source.reset()
+    [replay] = sent(copies[2], [4])
+    assert replay.inputs["input_ids"].tolist() == [1, 2, 4]
+    assert source.fork(None).infer_requests(SequenceRequest({}), MODEL)[0].parameters.keys() == {
+        "sequence_key",
+        "position",
+    }
+
+
+def test_a_copy_whose_source_the_server_has_lost_is_replayed_or_lost() -> None:
+    for replay in (True, False):
+        source = SequenceTracker("first", None, replay)
+        sent(source, [1, 2])
+        copy = source.fork(None)
+        assert copy.movable is replay
+        step = SequenceRequest({"input_ids": np.array([3])})
+        [request] = copy.infer_requests(step, MODEL)
+        error = copy.failed(error_of(Code.UNKNOWN_SEQUENCE), request)
+        assert error.retryable is replay
+        if replay:
+            [request] = copy.infer_requests(step, MODEL)
+            assert request.inputs["input_ids"].tolist() == [1, 2, 3]
+        else:
+            assert isinstance(error, SequenceLostError)
+            sent(source, [5])
+            with pytest.raises(SequenceLostError, match="has had another request"):
+                copy.infer_requests(step, MODEL)
+
+
+def test_a_copy_is_tried_again_where_its_source_is_busy_or_no_slot_is_free() -> None:
+    source = SequenceTracker("first", None, replay=True)
+    sent(source, [1, 2])
+    copy, step = source.fork(None), SequenceRequest({"input_ids": np.array([3])})
+    for code in (Code.SEQUENCE_BUSY, Code.NO_FREE_SLOT):
+        [request] = copy.infer_requests(step, MODEL)
+        assert copy.failed(error_of(code, retryable=True), request).retryable
+        assert request.parameters["from"] == "first"
+
+
+@pytest.mark.parametrize(("key", "id"), [("", None), (None, "first")])
+def test_a_sequence_without_a_key_or_another_id_has_no_copies(
+    key: str | None, id: str | None
+) -> None:
+    with pytest.raises(ValueError, match="cannot be copied" if key == "" else "id of its own"):
+        SequenceTracker("first", key, replay=True).fork(id)
+
+
+def error_of(code: Code, *, retryable: bool = False) -> ClientError:
+    text = RequestError(code, "reason", retryable=retryable).wire("copy", "r")
+    return parse_error(InferenceServerException(text), "copy", "r")
+
+
 def response(
     tokens: list[int], text: str | None = None, reason: str = ""
 ) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:

@@ -23,7 +23,7 @@ from inplace.parameters import (
 from inplace.runtime.requests import SamplingParams
 
 ROOT = Path(__file__).parents[2]
-RESERVED = "cache_salt from restore"
+RESERVED = "cache_salt restore"
 VALUES = (
     st.none()
     | st.booleans()

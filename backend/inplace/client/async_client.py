@@ -306,6 +306,25 @@ class AsyncSequence:
         request = generation_request(prompt, max_tokens, stop, text, end, request_id, options)
         return AsyncGeneration(self, request, self.timeout if timeout is None else timeout)
 
+    async def fork(self, id: int | str | None = None) -> "AsyncSequence":
+        """A sequence that begins as a copy of this one and goes on by itself.
+
+        The server copies the states when the copy sends its first request, which carries the key
+        of this sequence. If this one has had another request by then, or its server is lost, the
+        copy is made by sending all tokens again. A generation of this sequence that was not read to
+        its end is cancelled.
+
+        Args:
+            id: the correlation id of the copy; a random one if None.
+
+        Raises:
+            ValueError: this sequence has no key, or Triton would not take the id.
+        """
+        await self._cancel_unfinished()
+        copied = AsyncSequence(self._client, self.model, timeout=self.timeout)
+        copied._tracker, copied._server = self._tracker.fork(id), self._server
+        return copied
+
     async def close(self) -> None:
         """End the sequence and free its slot.
 

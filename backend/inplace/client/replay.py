@@ -36,6 +36,7 @@ from inplace.protocol import (
     AUDIO,
     AUDIO_INT16,
     FINISH_REASON,
+    FROM,
     GROUP,
     INPUT_IDS,
     MAX_TOKENS,
@@ -91,9 +92,11 @@ class SequenceTracker:
         self.sequence_id: int | str = (
             sequence_id if sequence_id is not None else secrets.randbits(63) or 1
         )
+        self._route = self.sequence_id
         self.length: int | None = 0
         self._fixed_key, self._replay = key, replay
         self._last_inputs: dict[str, Array] = {}
+        self._num_changes = 0  # how often the server's state may have changed
         self.reset()
 
     def reset(self) -> None:
@@ -101,12 +104,45 @@ class SequenceTracker:
         self.key = secrets.token_urlsafe(16) if self._fixed_key is None else self._fixed_key
         self.live = self.needs_end = False
         self._unanswered = False  # the last step had no answer
+        self._num_changes += 1
+        self._source: tuple[SequenceTracker, int] | None = None
         self._history: list[Segment] | None = [] if self._replay else None
+
+    def fork(self, sequence_id: int | str | None) -> "SequenceTracker":
+        """The tracker of a copy of this sequence, whose first request lets the server copy it.
+
+        If that one is gone by then, or has had another request, the copy is made by a replay.
+
+        Args:
+            sequence_id: of the copy; a random one if None.
+
+        Raises:
+            ValueError: this sequence has no key, or the id is not allowed.
+        """
+        if not self.key:
+            raise ValueError("a sequence without a key cannot be copied: give it one")
+        copied = SequenceTracker(sequence_id, self._fixed_key, self._replay, self._group)
+        if copied.sequence_id == self.sequence_id:
+            raise ValueError(f"a copy of sequence {self.sequence_id!r} needs an id of its own")
+        copied.key, copied.length, copied._route = self.key, self.length, self._route
+        copied._history = None if self._history is None else self._extended_history()
+        copied._source = (self, self._num_changes) if self.live else None
+        return copied
+
+    @property
+    def _source_id(self) -> int | str | None:
+        """The sequence that the server can copy for the first request; None without one."""
+        if self._source is None:
+            return None
+        source, num_changes = self._source
+        unchanged = source.live and source._num_changes == num_changes
+        return source.sequence_id if unchanged and source.key == self.key else None
 
     @property
     def movable(self) -> bool:
         """Whether another server can take the sequence over."""
-        return not self.live or self._history is not None
+        has_state = self.live or self._source is not None
+        return not has_state or self._history is not None
 
     @property
     def _no_replay_reason(self) -> str:
@@ -125,10 +161,20 @@ class SequenceTracker:
             request: what the caller asked for.
             model: the model.
             prefix: what a new sequence needs before ``request`` and after the history.
+
+        Raises:
+            SequenceLostError: it should begin as a copy of a sequence that is not as it was, and
+                there is no history.
         """
         if self.live:
             resume = self._unanswered and bool(self.key and self.length)
             return [self._infer_request(request, model, self.length, start=resume)]
+        if (source := self._source_id) is not None and not prefix:
+            copying = replace(request, parameters={**request.parameters, FROM: source})
+            return [self._infer_request(copying, model, self.length, start=True)]
+        if self._source is not None and self._history is None:
+            raise self._source_lost()
+        self._source = None
         requests: list[InferRequest] = []
         position: int | None = 0
         for part in _with_history(self._extended_history(prefix), request):
@@ -139,6 +185,7 @@ class SequenceTracker:
     def sending(self, request: InferRequest, model: ModelMetadata) -> None:
         """Record that a request is about to be sent."""
         self.needs_end = True
+        self._num_changes += 1
         self._last_inputs = {
             name: array[:1] if name in model.token_inputs else array
             for name, array in request.inputs.items()
@@ -157,13 +204,13 @@ class SequenceTracker:
             generated: the tokens of a generation, which are part of the sequence now.
         """
         position = self.length
-        if not self.live:
+        if not self.live and self._source is None:
             history = self._extended_history()
             unknown = any(isinstance(segment, str) for segment in history)
             position = None if unknown else sum(map(len, history))
         position = _next_position(position, request, model)
         self.length = None if position is None else position + len(generated)
-        self.live, self._unanswered = True, False
+        self.live, self._unanswered, self._source = True, False, None
         if request.end:
             self.reset()
         elif self._history is not None:
@@ -202,6 +249,7 @@ class SequenceTracker:
             or gone
             or (partial and error.retryable)
             or (self._unanswered and error.code == Code.POSITION)
+            or (self._source is not None and error.code in (Code.POSITION, Code.SEQUENCE_KEY))
         ):
             return self._lost(error)
         elif unreachable:
@@ -210,7 +258,7 @@ class SequenceTracker:
                 error.add_note(
                     f"The sequence cannot continue on another server: {self._no_replay_reason}."
                 )
-        elif (
+        elif self._source is None and (
             partial
             or request.end
             or (request.start and not self.live)
@@ -226,7 +274,7 @@ class SequenceTracker:
 
     def _lost(self, error: ClientError) -> ClientError:
         """The error to raise for a sequence that is lost: retryable if it can be replayed."""
-        if self.live and self._history is None:
+        if not self.movable:
             return error.as_sequence_lost(self._no_replay_reason)
         self.replay_next()
         error.retryable = True
@@ -240,6 +288,22 @@ class SequenceTracker:
         """
         if self._history is not None:
             self.live = self._unanswered = False
+            self._source = None
+
+    def _source_lost(self) -> SequenceLostError:
+        """The error of a copy whose source has changed, where nothing was kept to replay."""
+        text = (
+            "the sequence to copy has had another request, or has ended, and it cannot be replayed:"
+            f" {self._no_replay_reason}; send the first request of a copy before that"
+        )
+        return SequenceLostError(
+            InferenceServerException(text),
+            code=Code.UNKNOWN_SEQUENCE,
+            reason=text,
+            retryable=False,
+            sequence=self.sequence_id,
+            request="",
+        )
 
     def end_request(self, model: ModelMetadata) -> InferRequest:
         """The request that frees what the server may hold.
@@ -282,6 +346,7 @@ class SequenceTracker:
             parameters=own | encode_parameters(request.parameters),
             outputs=request.output_names(model),
             request_id=request.request_id or secrets.token_hex(4),
+            route=self._route,
         )
         check_parameters(made)
         return made

@@ -13,7 +13,13 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from inplace.client.errors import parse_error
 from inplace.errors import RequestError
-from inplace.parameters import BY_NAME, Parameter, RequestKind, parse_parameters
+from inplace.parameters import (
+    BY_NAME,
+    MAX_SEQUENCE_ID_BYTES,
+    Parameter,
+    RequestKind,
+    parse_parameters,
+)
 from inplace.protocol import (
     ALLOWED_TOKEN_IDS,
     BANNED_TOKEN_IDS,
@@ -53,13 +59,9 @@ UNSENT_IF_EMPTY = frozenset({STOP_TOKEN_IDS, BANNED_TOKEN_IDS, LOGIT_BIAS})
 token; the server refuses that."""
 
 
-MAX_SEQUENCE_ID_BYTES = 128
-"""Bytes of a correlation id that is a text, in UTF-8; Triton refuses more."""
-
-
 ROUTING_HEADER = "inplace-sequence"
 """The gRPC metadata key with the correlation id: a router that hashes it sends all requests of a
-sequence to the same server."""
+sequence, and of its copies, to the same server."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -276,6 +278,8 @@ class InferRequest:
         parameters: custom parameters, from `encode_parameters`.
         outputs: names of the requested outputs; all if empty.
         request_id: the request id.
+        route: the id that a router hashes, if it is another one: a copy of a sequence goes to the
+            server of that sequence.
 
     Raises:
         ValueError: the request id has a NUL byte.
@@ -288,6 +292,7 @@ class InferRequest:
     parameters: Mapping[str, str | int | bool]
     outputs: tuple[str, ...] = ()
     request_id: str = ""
+    route: int | str | None = None
 
     def __post_init__(self) -> None:
         check_no_nul("the request id", self.request_id)
@@ -300,7 +305,8 @@ class InferRequest:
     @property
     def headers(self) -> dict[str, str]:
         """The gRPC metadata for a router in front of several servers, see docs/operations.md."""
-        return {ROUTING_HEADER: quote(str(self.sequence_id))}
+        route = self.sequence_id if self.route is None else self.route
+        return {ROUTING_HEADER: quote(str(route))}
 
     def arguments(self, model: str) -> dict[str, Any]:
         """The arguments of tritonclient's ``infer`` and of its streams."""

@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Collection
+from copy import copy
 from itertools import islice
 
 from tokenizers import Tokenizer
@@ -143,6 +144,12 @@ class Detokenizer:
         # The end of the window's longest part whose text is whole, and the length of that text.
         self._whole, self._num_returned = self._whole_part()
         self._num_dropped = 0  # replacement characters of the run that is not returned yet
+
+    def copy(self) -> "Detokenizer":
+        """One that goes on by itself from the same tokens."""
+        copied = copy(self)  # what is changed in place is copied too
+        copied._window = self._window.copy()
+        return copied
 
     def append(self, tokens: list[int]) -> str:
         """Add tokens and return the text they add, without a last character that is incomplete."""

@@ -121,7 +121,7 @@ class RequestParser:
         except RequestError as error:
             return StreamRequest(replace(unvalidated, refusal=error), Reply(channel))
         # A generation without START may continue from the last generated token alone.
-        continues = generates and (not request.start or request.continues_sequence)
+        continues = generates and not request.begins_empty
         validated = self._instance.validate(
             replace(request, requested_outputs=channel.requested_outputs), allow_empty=continues
         )
@@ -271,14 +271,12 @@ class RequestParser:
                 Code.BAD_PARAMETER,
                 f"inputs {ids_name!r} and {TEXT!r} are both given; send one of them",
             )
-        # A START with a position continues a live sequence or is refused: its text begins nothing.
-        begins = request.start and not request.continues_sequence
         asked = ADD_SPECIAL_TOKENS in request.parameters
         ids = tokenize(
             self._tokenizer_config.tokenizer,
             texts[TEXT],
             self._instance.manifest.capacity,
-            add_special_tokens=request.flag(ADD_SPECIAL_TOKENS) if asked else begins,
+            add_special_tokens=request.flag(ADD_SPECIAL_TOKENS) if asked else request.begins_empty,
             first_tokens=self._first_tokens,
         )
         return replace(request, inputs=dict(request.inputs) | {ids_name: ids})

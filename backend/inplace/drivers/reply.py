@@ -337,6 +337,9 @@ class BufferedReply(Reply):
         self._fetched_at = 0.0
         self._is_enqueued = False
 
+    def copy(self) -> None:
+        """A copy of the sequence has nothing to fetch."""
+
     def fetch(self, channel: Channel) -> bool:
         """Answer this request next.
 

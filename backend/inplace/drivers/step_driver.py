@@ -81,7 +81,8 @@ class StepDriver:
         """Run the first request of every sequence.
 
         One call may have the END of a sequence and the START of another. A START that finds no free
-        slot waits if an END of the same call is about to free one.
+        slot waits if an END of the same call is about to free one, and one that copies a sequence
+        waits for the requests of that sequence before it.
 
         Args:
             waiting: requests without an answer, and their index in the call.
@@ -105,7 +106,7 @@ class StepDriver:
                 else:
                     admitted.append((index, active))
             except RequestError as error:
-                if error.code is Code.NO_FREE_SLOT and self._will_free_slot(waiting):
+                if self._succeeds_later(error, waiting, admitted):
                     later.append((index, request))
                 else:
                     answers[index] = error
@@ -130,9 +131,16 @@ class StepDriver:
             return None
         return self.instance.admit_validated(validated)
 
-    def _will_free_slot(self, waiting: list[tuple[int, Request]]) -> bool:
-        """Whether one of these requests is the END of a live sequence."""
-        return any(
+    def _succeeds_later(
+        self,
+        error: RequestError,
+        waiting: list[tuple[int, Request]],
+        admitted: list[tuple[int, ActiveRequest]],
+    ) -> bool:
+        """Whether a request that was refused may be admitted in the next wave of this call."""
+        if error.code is Code.SEQUENCE_BUSY:
+            return bool(admitted)
+        return error.code is Code.NO_FREE_SLOT and any(
             request.end and self.instance.table.get(request.sequence_id) is not None
             for _, request in waiting
         )

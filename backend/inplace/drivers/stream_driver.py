@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 
@@ -27,7 +28,7 @@ from inplace.drivers.scheduler import CallQueue, Scheduler, StepPipeline
 from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
 from inplace.drivers.shutdown import unloading
 from inplace.errors import Code, RequestError, backend_failure
-from inplace.protocol import TEXT
+from inplace.protocol import GROUP, TEXT
 from inplace.runtime.batcher import ActiveRequest, Answer, split_outputs
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
@@ -329,6 +330,7 @@ class EngineLoop:
         while queued := self._queues.get(sequence_id):
             request = queued[0]
             if self._must_wait(request):
+                self._inherit_group(request)
                 rejected = self._waiting.append(request)
                 if rejected is not None:
                     text = f"{len(self._waiting)} requests wait for a slot; send it again later"
@@ -390,6 +392,16 @@ class EngineLoop:
         if self._waiting:
             return True
         return request.generation is not None and not self._instance.table.num_free
+
+    def _inherit_group(self, request: StreamRequest) -> None:
+        """Let a START that copies a sequence wait in that one's group, unless it names its own."""
+        validated = request.validated
+        if validated.source is None or GROUP in validated.request.parameters:
+            return
+        source = self._instance.table.find(validated.source)
+        if source.group is not None:
+            parameters = {**validated.request.parameters, GROUP: source.group}
+            validated.request = replace(validated.request, parameters=parameters)
 
     def _admit(self, request: StreamRequest) -> bool:
         """Give a request its sequence and schedule it. False: it has been answered instead."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inplace.errors import LoadError
-from inplace.schema.specs import INITIAL_FILE, StateSpec
+from inplace.schema.specs import INITIAL_FILE, StateSpec, Update
 from inplace.schema.tensor_file import as_dtype
 
 
@@ -81,6 +81,23 @@ class Arena:
         for spec in self.specs:
             if spec.reset:
                 self._refill(spec, self.tensors[spec.name][slot])
+
+    def copy(self, source: int, target: int, length: int | None) -> None:
+        """Copy a slot to another one, with one copy for each state, on the device.
+
+        Args:
+            source: the slot to copy.
+            target: a slot without an owner.
+            length: positions that the source holds: of states that append, only these are copied.
+                None copies whole slots.
+        """
+        for spec in self.specs:
+            old, new = self.tensors[spec.name][source], self.tensors[spec.name][target]
+            if spec.update is Update.APPEND and spec.axis is not None and length is not None:
+                if spec.reset:
+                    self._refill(spec, new)
+                old, new = (each.narrow(spec.axis, 0, length) for each in (old, new))
+            new.copy_(old)
 
     def save(self, slot: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of some states of a slot, by name."""

@@ -14,7 +14,7 @@ from inplace.engines import NO_OTHER_THREADS, Finish, StepEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, LoadError, RequestError
 from inplace.parameters import forwards_nothing, parse_parameters
-from inplace.protocol import LOGITS
+from inplace.protocol import GROUP, LOGITS
 from inplace.runtime.batcher import ActiveRequest, Batch, form_batch, next_decode_batch
 from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.observer import Observer
@@ -182,6 +182,7 @@ class ModelInstance:
                 validated.sampling_params = sampling_params
                 validated.requested_outputs |= sampling_params.outputs
             validated.position = request.position()
+            validated.source = request.source()
         except RequestError as error:
             return ValidatedRequest(request, key_digest, refusal=error)
         return validated
@@ -221,8 +222,9 @@ class ModelInstance:
 
         A START resets: a live sequence with its id ends. But with the key of the live sequence and
         a position above 0 it continues that sequence, because Triton forgets sequences that are
-        alive here and then accepts only a START. A refused START leaves no slot, a refused END
-        frees its slot; every other refusal, and one for the key, changes nothing.
+        alive here and then accepts only a START. With ``from`` the new sequence is a copy of that
+        one. A refused START leaves no slot, a refused END frees its slot; every other refusal, and
+        one for the key, changes nothing.
 
         Raises:
             RequestError: why it is refused.
@@ -231,12 +233,12 @@ class ModelInstance:
         try:
             if validated.refusal is not None:
                 raise validated.refusal
+            source = self._source(validated)
             sequence = None if request.start else self.table.find(request.sequence_id)
-            self._check_tokens(validated, sequence)
-            adjustments = self._adjustments(validated, sequence)
+            self._check_tokens(validated, sequence or source)
+            adjustments = self._adjustments(validated, sequence or source)
             if sequence is None:
-                sequence = self.table.start(request.sequence_id, validated.key_digest)
-                self.arena.reset(sequence.slot)
+                sequence = self._start(validated, source)
         except RequestError:
             live = self.table.get(request.sequence_id)
             if request.end and live is not None:
@@ -256,6 +258,40 @@ class ModelInstance:
         )
         self._prepend_pending_token(active)
         return active
+
+    def _source(self, validated: ValidatedRequest) -> SequenceState | None:
+        """The sequence that a START begins as a copy of; None without the parameter ``from``.
+
+        Raises:
+            RequestError: UNKNOWN_SEQUENCE, SEQUENCE_KEY or SEQUENCE_BUSY.
+        """
+        if validated.source is None:
+            return None
+        source = self.table.find(validated.source)
+        source.check_copy(validated.key_digest)
+        return source
+
+    def _start(self, validated: ValidatedRequest, source: SequenceState | None) -> SequenceState:
+        """Begin a sequence, empty or as a copy.
+
+        Raises:
+            RequestError: NO_FREE_SLOT.
+        """
+        if source is not None:
+            self.table.touch(source)  # or it might be reclaimed to make room for its copy
+        request = validated.request
+        sequence = self.table.start(request.sequence_id, validated.key_digest)
+        sequence.group = request.parameters.get(GROUP)
+        if source is None:
+            self.arena.reset(sequence.slot)
+        else:
+            self.arena.copy(source.slot, sequence.slot, self._used_length(source))
+            sequence.copy_from(source)
+        return sequence
+
+    def _used_length(self, sequence: SequenceState) -> int | None:
+        """The positions of the states that append which a sequence uses; None if not known."""
+        return sequence.length
 
     def _adjustments(
         self, validated: ValidatedRequest, sequence: SequenceState | None
@@ -325,8 +361,9 @@ class ModelInstance:
         if validated.refusal is not None:
             return False
         try:
-            self._check_tokens(validated, None)
-            self._adjustments(validated, None)
+            source = self._source(validated)
+            self._check_tokens(validated, source)
+            self._adjustments(validated, source)
         except RequestError:
             return False
         return True

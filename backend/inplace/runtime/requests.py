@@ -21,6 +21,7 @@ from inplace.parameters import (
 from inplace.protocol import (
     ALLOWED_TOKEN_IDS,
     BANNED_TOKEN_IDS,
+    FROM,
     GROUP,
     LOGIT_BIAS,
     LOGPROBS,
@@ -252,11 +253,40 @@ class Request:
 
     @property
     def continues_sequence(self) -> bool:
-        """Whether its position is not 0, so that even a START continues a live sequence."""
+        """Whether its position is not 0, so that even a START continues a live sequence.
+
+        With ``from`` the position is that of the other sequence.
+        """
+        if FROM in self.parameters:
+            return False
         try:
             return self.position() not in (None, 0)
         except RequestError:  # it is refused; then it must not reset a sequence either
             return True
+
+    @property
+    def begins_empty(self) -> bool:
+        """Whether it is a START whose sequence, if it is admitted, holds nothing before it."""
+        return self.start and FROM not in self.parameters and not self.continues_sequence
+
+    def source(self) -> SequenceId | None:
+        """The parameter ``from``: the sequence that it begins as a copy of; None if absent.
+
+        Raises:
+            RequestError: BAD_PARAMETER, it is no correlation id or the sequence's own, or the
+                request has no START.
+        """
+        if FROM not in self.parameters:
+            return None
+        source = BY_NAME[FROM].parse(self.parameters[FROM])
+        assert isinstance(source, int | str)
+        if not self.start:
+            raise RequestError(
+                Code.BAD_PARAMETER, f"parameter {FROM!r} belongs to a START: leave it out"
+            )
+        if source == self.sequence_id:
+            raise BY_NAME[FROM].refusal(source, "the id of another sequence")
+        return source
 
     def key_digest(self) -> bytes | None:
         """SHA-256 of the parameter ``sequence_key``; None if absent.
@@ -315,6 +345,7 @@ class ValidatedRequest:
         max_new_tokens: the most tokens that are generated after them.
         min_new_tokens: how many generated tokens must fit after them.
         position: the parameter ``position``; None if absent.
+        source: the parameter ``from``; None if absent.
         sampling_params: how its next token is chosen.
         requested_outputs: names of the outputs to compute.
         refusal: why it is refused; its START and END take effect all the same.
@@ -329,6 +360,7 @@ class ValidatedRequest:
     max_new_tokens: int = 0
     min_new_tokens: int = 0
     position: int | None = None
+    source: SequenceId | None = None
     sampling_params: SamplingParams = GREEDY
     requested_outputs: frozenset[str] = frozenset()
     refusal: RequestError | None = None

@@ -144,8 +144,7 @@ class ScheduledInstance(ModelInstance):
         return self._stream is not None or ("end", frozenset()) in self._by_inputs
 
     def _interface(self, request: Request) -> Program:
-        start = request.start and not request.continues_sequence
-        return self.interfaces[self._choose(request, start=start).name]
+        return self.interfaces[self._choose(request, start=request.begins_empty).name]
 
     def _choose(self, request: Request, *, start: bool) -> Schedule:
         """The schedule of a request.
@@ -223,6 +222,9 @@ class ScheduledInstance(ModelInstance):
             name = schedule.loops[0].calls[0].program
             if (full := self.full(name, sequence)) is not None:
                 raise RequestError(Code.CAPACITY, f"{full}; nothing was changed: START it again")
+
+    def _used_length(self, sequence: SequenceState) -> int | None:
+        return None  # only the programs know where they append
 
     def full(self, name: str, sequence: SequenceState) -> str | None:
         """Why a program cannot be called for a sequence any more; None if it can."""

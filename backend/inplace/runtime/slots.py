@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from inplace.errors import Code, RequestError
+from inplace.parameters import Parameter
 
 SequenceId = int | str
 """A correlation id: a number or a text."""
@@ -41,6 +42,13 @@ class EndReason(StrEnum):
     """The server was stopping, or the model was unloaded while a request was running."""
 
 
+class DriverState(Protocol):
+    """What a driver keeps with a sequence until its next request."""
+
+    def copy(self) -> "DriverState | None":
+        """What a copy of the sequence begins with."""
+
+
 @dataclass(slots=True)
 class SequenceState:
     """A live sequence and the slot that it owns from START to END.
@@ -49,6 +57,7 @@ class SequenceState:
         id: the correlation id.
         slot: its row of the arena.
         key_digest: digest of the ``sequence_key`` of its START; None without one.
+        group: the parameter ``group`` of its START; None without one.
         token_ids: the tokens at these positions, where an engine may have to know them; else empty.
         length: positions that its slot holds (the cached length).
         pending_token: the last token of a generation, which no step has consumed yet. It belongs to
@@ -63,12 +72,13 @@ class SequenceState:
     id: SequenceId
     slot: int
     key_digest: bytes | None = None
+    group: Parameter | None = None
     length: int = 0
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     pending_token: int | None = None
     last_response: float = 0.0
     busy: bool = False
-    driver_state: object = None
+    driver_state: DriverState | None = None
     positions: dict[str, int] = field(default_factory=dict)
     audio: Tensor | None = None
 
@@ -77,10 +87,44 @@ class SequenceState:
         self.length = length
         del self.token_ids[length:]
 
+    def copy_from(self, source: "SequenceState") -> None:
+        """Take over all of another sequence but its id, its slot and its key."""
+        self.group = source.group if self.group is None else self.group
+        self.length, self.token_ids = source.length, source.token_ids[:]
+        self.pending_token = source.pending_token
+        self.positions = dict(source.positions)
+        self.audio = source.audio  # never changed in place
+        if source.driver_state is not None:
+            self.driver_state = source.driver_state.copy()
+
     @property
     def position(self) -> int:
         """How many tokens (or entries) the sequence has, with the pending token."""
         return self.length + (self.pending_token is not None)
+
+    def check_copy(self, key_digest: bytes | None) -> None:
+        """Refuse a START that would begin as a copy of this sequence.
+
+        Args:
+            key_digest: digest of the request's ``sequence_key``.
+
+        Raises:
+            RequestError: SEQUENCE_KEY, or SEQUENCE_BUSY, which is retryable.
+        """
+        if self.key_digest is None:
+            raise RequestError(
+                Code.SEQUENCE_KEY,
+                f"sequence {self.id!r} has no sequence_key, so it cannot be copied: send one with"
+                f" its START",
+            )
+        self.check_key(key_digest, start=False)
+        if self.busy:
+            raise RequestError(
+                Code.SEQUENCE_BUSY,
+                f"a request of sequence {self.id!r} is running; nothing was copied: send it again"
+                f" after the response to that",
+                retryable=True,
+            )
 
     def check_key(self, key_digest: bytes | None, *, start: bool) -> None:
         """Refuse a request whose key is not the sequence's. Takes the same time for every key.

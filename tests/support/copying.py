@@ -1,0 +1,88 @@
+"""Copies of sequences on an engine without a server, compared with sequences that ran alone."""
+
+import torch
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.requests import Request
+from inplace.runtime.slots import SequenceId
+from inplace.schema.specs import Update
+from torch import Tensor
+
+from support.decoding import random_prompt
+
+KEY = "mine"
+
+
+def feed(
+    instance: ModelInstance, sequence_id: SequenceId, ids: list[int], **parameters: int | str
+) -> Tensor:
+    """The logits of a step; a START at position 0 and with ``from``."""
+    start = parameters.get("position") == 0 or "from" in parameters
+    inputs, outputs = {"input_ids": torch.tensor([ids])}, frozenset({"next_token", "logits"})
+    parameters = {"sequence_key": KEY, **parameters}
+    request = Request(
+        sequence_id, start, False, inputs, parameters=parameters, requested_outputs=outputs
+    )
+    active = instance.admit(request)
+    while not active.finished:
+        instance.step([active])
+    instance.finish(active)
+    assert active.error is None, active.error
+    return active.outputs["logits"].clone()
+
+
+def poison(instance: ModelInstance) -> None:
+    """End all sequences and fill the arena with what a step must not read."""
+    for sequence in instance.table.idle_for(0.0):
+        instance.table.end(sequence)
+    for tensor in instance.arena.tensors.values():
+        tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+
+def check_copy(instance: ModelInstance, seed: int, length: int) -> None:
+    """A sequence and its copy, continued differently, give the bits of sequences that ran alone.
+
+    Other slots keep their bytes, and so do the parts of the copy's slot behind what was used.
+
+    Args:
+        instance: a decoder with three slots or more.
+        seed: of the tokens.
+        length: tokens of the sequence that is copied.
+    """
+    sizes = (length, 1, 5, 2)
+    begin, *rest = (random_prompt(seed + part, size) for part, size in enumerate(sizes))
+    expected = []
+    for second in rest[1:]:
+        poison(instance)
+        alone = [feed(instance, "alone", begin, position=0)]
+        expected.append([*alone, *(feed(instance, "alone", ids) for ids in (rest[0], second))])
+    poison(instance)
+    addresses = instance.arena.addresses()
+    given = feed(instance, "first", begin, position=0)
+    own = [feed(instance, "first", rest[0])]
+    # Before the next step of the first one, behind it, and in between.
+    copied = feed(instance, "copy", rest[2], position=length + 1, **{"from": "first"})
+    _check_unused(instance, length + 1 + len(rest[2]))
+    own.append(feed(instance, "first", rest[1]))
+    for row, alone in zip(([given, *own], [given, own[0], copied]), expected, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(row, alone, strict=True))
+    assert instance.arena.addresses() == addresses
+
+
+def _check_unused(instance: ModelInstance, length: int) -> None:
+    """Slots without an owner, and positions behind the copy's, hold what `poison` wrote."""
+    owned = {name: instance.table.find(name).slot for name in ("first", "copy")}
+    for spec in instance.manifest.states:
+        tensor = instance.arena.tensors[spec.name]
+        others = [slot for slot in range(len(tensor)) if slot not in owned.values()]
+        assert others
+        assert is_poisoned(tensor[others])
+        if spec.update is Update.APPEND and spec.axis is not None and not spec.reset:
+            slot = tensor[owned["copy"]]
+            assert is_poisoned(slot.narrow(spec.axis, length, slot.shape[spec.axis] - length))
+
+
+def is_poisoned(tensor: Tensor) -> bool:
+    """Whether a part of the arena holds what `poison` wrote."""
+    if tensor.is_floating_point():
+        return bool(tensor.isnan().all())
+    return bool((tensor == torch.iinfo(tensor.dtype).max).all())

@@ -40,7 +40,7 @@ OPTIONS = DecoderOptions(CAPACITY, max_rows=8, chunk=CHUNK)
 @pytest.mark.parametrize(
     ("family", "dynamic"),
     long_except(
-        [("gemma3", True), ("gpt2", False)],
+        [("gemma3", True)],
         [(family, dynamic) for family in FAMILIES for dynamic in (True, False)],
     ),
 )

@@ -9,6 +9,7 @@ import transformers
 from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
 from inplace_builder.served.build import write_engine
 from support.decoding import SHAPE, generate_together, random_prompt
+from support.long import long_except
 from support.models import greedy, open_instance
 from transformers import PreTrainedModel
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
@@ -85,7 +86,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("make", SIZES)
+@pytest.mark.parametrize("make", long_except([latent, shared, repeated], SIZES))
 @pytest.mark.filterwarnings("ignore")
 def test_states_have_the_sizes_of_their_layer(
     tmp_path: Path, make: Callable[[], PreTrainedModel]

@@ -15,6 +15,7 @@ from inplace_builder.capture.checkpoint import load_model, load_tokenizer
 from inplace_builder.errors import BuildError
 from safetensors.torch import load_file, save_file
 from support.decoding import SHAPE, generate, generate_together, random_prompt
+from support.long import long_except
 from support.models import open_instance
 from support.vocabulary import save_tokenizer
 from torch import Tensor
@@ -103,7 +104,9 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["beside", "named", "relative", "hub id"])
+@pytest.mark.parametrize(
+    "place", long_except(["beside", "hub id"], ["beside", "named", "relative", "hub id"])
+)
 def test_the_tokens_are_those_of_the_merged_model(
     model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

@@ -11,6 +11,7 @@ from inplace.runtime.batcher import form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance
 from inplace_builder import BuildOptions, Call, RowOptions, capture_programs, write_engine
+from support.long import long_except
 from support.transducing import check_streams, chunks
 from torch import Tensor, nn
 from transducer import FRAMES, MAX_SYMBOLS, Decode, Encode, capture, modules
@@ -52,7 +53,7 @@ def counting(instance: ScheduledInstance, program: str) -> list[int]:
     return launches
 
 
-@pytest.mark.parametrize("most", REPEATED)
+@pytest.mark.parametrize("most", long_except([3, 64], REPEATED))
 def test_streams_get_the_same_tokens_however_many_calls_are_made_at_once(
     folder: Path, parts: tuple[Encode, Decode], most: int
 ) -> None:
@@ -101,7 +102,7 @@ class Counter(nn.Module):
         return self.calls * 1
 
 
-@pytest.mark.parametrize("most", REPEATED)
+@pytest.mark.parametrize("most", long_except([3], REPEATED))
 def test_no_row_is_called_beyond_its_limit(tmp_path: Path, most: int) -> None:
     options = RowOptions(max_rows=2, outputs=("count",))
     captured = capture_programs(

@@ -67,7 +67,7 @@ def model_of(name: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("name", long_except(["rwkv", "zaya"], MODELS))
+@pytest.mark.parametrize("name", long_except(["rwkv"], MODELS))
 @pytest.mark.filterwarnings("ignore")
 def test_tokens_of_ragged_rows_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
     model = model_of(name)

@@ -40,6 +40,19 @@ MIXED = [Row(4, 7, 1), Row(0, 0, 21), Row(-1, 0, 3), Row(3, 5, 0), Row(2, 30, 17
 
 Together more tokens than a block of queries has.
 """
+BIASED = {"bias_heads": 1, "window": 20}
+OPTIONS: list[dict[str, Any]] = [
+    {"window": 3},
+    {"window": 20},
+    {"softcap": 0.7},
+    {"softcap": 0.7, "window": 5},
+    {"causal": False},
+    {"bias_heads": 1},
+    {"bias_heads": 4},
+    {"attention_chunk": 12},
+    {"bias_heads": 1, "causal": False},
+    {"bias_heads": 4, "window": 5, "softcap": 0.7, "sinks": True},
+]
 STEPS = pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
 
 
@@ -71,8 +84,13 @@ def test_groups_of_any_size(heads: int, kv_heads: int, rows: list[Row]) -> None:
 
 
 @STEPS
-@pytest.mark.parametrize("dims", [(36, 20), (576, 512)])
-@pytest.mark.parametrize("options", [{}, {"bias_heads": 1, "window": 20}, {"sinks": True}])
+@pytest.mark.parametrize(
+    ("dims", "options"),
+    long_except(
+        [((36, 20), BIASED), ((36, 20), {"sinks": True}), ((576, 512), {})],
+        product([(36, 20), (576, 512)], [{}, BIASED, {"sinks": True}]),
+    ),
+)
 def test_values_that_are_a_part_of_keys(
     dims: tuple[int, int], options: dict[str, Any], rows: list[Row]
 ) -> None:
@@ -90,27 +108,15 @@ def test_latents_whose_splits_are_combined_and_that_wrap() -> None:
 
 
 @STEPS
-@pytest.mark.parametrize("dims", [(32, 64), (80, 48), (20, 10)])
-def test_values_of_another_width(dims: tuple[int, int], rows: list[Row]) -> None:
-    AttentionCase(spec(4, 2, *dims), rows, dtype=torch.float16).check()
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), long_except([(20, 10)], [(32, 64), (80, 48), (20, 10)])
+)
+def test_values_of_another_width(dim: int, value_dim: int, rows: list[Row]) -> None:
+    AttentionCase(spec(4, 2, dim, value_dim), rows, dtype=torch.float16).check()
 
 
 @STEPS
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": 3},
-        {"window": 20},
-        {"softcap": 0.7},
-        {"softcap": 0.7, "window": 5},
-        {"causal": False},
-        {"attention_chunk": 12},
-        {"bias_heads": 1},
-        {"bias_heads": 4},
-        {"bias_heads": 4, "window": 5, "softcap": 0.7, "sinks": True},
-        {"bias_heads": 1, "causal": False},
-    ],
-)
+@pytest.mark.parametrize("options", long_except(OPTIONS[1::3], OPTIONS))
 def test_options_of_the_mask_and_of_the_scores(options: dict[str, Any], rows: list[Row]) -> None:
     plain = AttentionCase(spec(), rows).check()
     changed = AttentionCase(spec(**options), rows).check()
@@ -144,7 +150,7 @@ def test_sinks_enter_once_where_splits_are_combined() -> None:
     AttentionCase(spec(window=700, ring=True, sinks=True), ring, capacity=710).check()
 
 
-@pytest.mark.parametrize("start", long_except([0, 9, 32, 100], [0, 3, 9, 31, 32, 33, 100]))
+@pytest.mark.parametrize("start", long_except([9, 100], [0, 3, 9, 31, 32, 33, 100]))
 def test_a_ring_wraps(start: int) -> None:
     options = spec(window=20, ring=True, rotary=16)  # capacity 32 = window 20 + 13 tokens - 1
     AttentionCase(
@@ -181,7 +187,7 @@ def test_nothing_cached_gives_zero(rows: list[Row]) -> None:
     assert torch.equal(case.launch(), torch.zeros_like(case.out))
 
 
-@pytest.mark.parametrize("start", long_except([0, 128, 1030], [0, 127, 128, 129, 513, 1030]))
+@pytest.mark.parametrize("start", long_except([128], [0, 127, 128, 129, 513, 1030]))
 def test_splits_are_combined_and_leave_the_locks_at_zero(start: int) -> None:
     case = AttentionCase(
         spec(6, 2, rotary=32),
@@ -223,7 +229,7 @@ def test_a_bias_of_what_no_token_sees_may_be_anything(rows: list[Row]) -> None:
     case.compare(case.launch(), expected, before)
 
 
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("heads", long_except([4], [1, 4]))
 def test_blocks_that_a_bias_hides_as_a_whole_are_not_loaded(heads: int) -> None:
     for rows in ([Row(3, 1090, 1), Row(1, 450, 1), Row(0, 90, 1)], [Row(3, 900, 40), Row(1, 5, 2)]):
         case = AttentionCase(spec(bias_heads=heads), rows, capacity=1100)
@@ -273,7 +279,7 @@ def test_the_rotation_is_transformers() -> None:
 
 
 @settings(
-    max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 @given(data=st.data())
 def test_any_step_equals_the_reference(data: st.DataObject) -> None:
@@ -309,8 +315,8 @@ SHAPES = [((8,), 1), ((8, 3), 1), ((2, 8, 3), 2), ((2, 3, 8), 3), ((2, 3, 8, 2),
 DTYPES = [torch.float32, torch.float16, torch.int64, torch.bool]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize("dtype", long_except([torch.float16, torch.bool], DTYPES))
+@pytest.mark.parametrize(("shape", "axis"), long_except(SHAPES[::3], SHAPES))
 def test_an_append_along_any_axis(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     check_update(shape, axis, APPEND, dtype, packed=False)
     check_update(

@@ -6,6 +6,8 @@ from inplace.kernels import sample as kernels
 from inplace.operators.sample import _sample_on_gpu, sample
 from torch import Tensor
 
+from support.long import long_except
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
 )  # Triton's own
@@ -37,7 +39,9 @@ def parameters(rows: int) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize(("rows", "count"), [(6, 1), (6, 7), (9, 1500), (6, 5000)])
+@pytest.mark.parametrize(
+    ("rows", "count"), long_except([(6, 7), (9, 1500)], [(6, 1), (6, 7), (9, 1500), (6, 5000)])
+)
 @pytest.mark.usefixtures("few_splits")
 def test_the_kernel_chooses_the_operator_s_tokens(rows: int, count: int) -> None:
     torch.manual_seed(count)
@@ -67,7 +71,9 @@ def test_every_rank_of_a_threshold() -> None:
         assert torch.equal(_sample_on_gpu(repeated, *sampling), sample(repeated, *sampling))
 
 
-@pytest.mark.parametrize("odd", [float("-inf"), float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "odd", long_except([float("-inf")], [float("-inf"), float("inf"), float("nan")])
+)
 @pytest.mark.usefixtures("few_splits")
 def test_odd_scores_end(odd: float) -> None:
     """The kernel ends and chooses a token, whatever the scores are."""

@@ -199,8 +199,9 @@ def test_a_row_gives_the_same_token_alone_and_in_any_batch() -> None:
 
 @needs_interpreter
 @pytest.mark.slow
-def test_the_kernel_equals_the_operator_in_the_interpreter() -> None:
-    run_interpreted("interpreted_sample.py")
+@pytest.mark.parametrize("marked", long_except(["not long"], ["not long", "long"]))
+def test_the_kernel_equals_the_operator_in_the_interpreter(marked: str) -> None:
+    run_interpreted("interpreted_sample.py", marked)
 
 
 def test_the_plugin_checks_the_dtypes_of_its_inputs() -> None:

@@ -23,6 +23,7 @@ from inplace.schema.served import Program
 from inplace.schema.specs import SAMPLING_OPTION_ROLES, Role
 from inplace_builder.capture.decoder import DecoderOptions, decoder_program
 from support.interpreter import needs_interpreter, run_interpreted
+from support.long import long_except
 from torch import Tensor
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
@@ -329,8 +330,9 @@ def test_a_program_has_all_options_or_none(missing: Role) -> None:
 
 @needs_interpreter
 @pytest.mark.slow
-def test_the_kernel_equals_the_operator_in_the_interpreter() -> None:
-    run_interpreted("interpreted_sample_options.py")
+@pytest.mark.parametrize("marked", long_except(["not long"], ["not long", "long"]))
+def test_the_kernel_equals_the_operator_in_the_interpreter(marked: str) -> None:
+    run_interpreted("interpreted_sample_options.py", marked)
 
 
 def test_the_plugin_describes_the_operator() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.states.attributes import KeptValues, refuse_fake
+from inplace_builder.states.adapt import KeptValues, refuse_fake
 
 
 class EagerModule:

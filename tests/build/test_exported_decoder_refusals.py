@@ -160,10 +160,7 @@ def capture(module: nn.Module, tokens: int = 3, *, dynamic: bool = True, **optio
     ("module", "dynamic"),
     long_except(
         [
-            (Plain, True),
-            (Capped, False),
             (Biased, True),
-            (Sunk, True),
             (SunkWindow, False),
             (Chosen, False),
             (Counting, False),

@@ -30,6 +30,7 @@ from inplace.protocol import (
     MIN_TOKENS,
     NUM_GENERATED,
     POSITION,
+    PROMPT_LOGPROBS,
     SAMPLE_RATE,
     SEQUENCE_KEY,
     STOP,
@@ -77,7 +78,7 @@ MAX_BIASES, MAX_BIAS = 300, 100.0
 
 
 MAX_LOGPROBS = 20
-"""The largest value of ``logprobs``."""
+"""The largest value of ``logprobs`` and of ``prompt_logprobs``."""
 
 
 MAX_TEMPERATURE = 3.4028234663852886e38
@@ -417,6 +418,16 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         minimum=0,
         maximum=MAX_LOGPROBS,
         limits=f"a whole number from 0 (only of the chosen token) to {MAX_LOGPROBS}",
+    ),
+    ParameterSpec(
+        PROMPT_LOGPROBS,
+        "integer",
+        "Return the log-probability and the rank of each token that the request feeds, and so many"
+        " of the most likely tokens in its place.",
+        frozenset({RequestKind.STEP, RequestKind.GENERATION}),
+        minimum=0,
+        maximum=MAX_LOGPROBS,
+        limits=f"a whole number from 0 (only of the fed tokens) to {MAX_LOGPROBS}",
     ),
     _number(
         "repetition_penalty",

@@ -46,6 +46,10 @@ LOGPROBS, MIN_TOKENS = "logprobs", "min_tokens"
 """Parameters of steps and generations, and of generations."""
 
 
+PROMPT_LOGPROBS = "prompt_logprobs"
+"""The parameter of steps and generations that asks for log-probabilities of their own tokens."""
+
+
 LOGIT_BIAS = "logit_bias"
 """The parameter with tokens and what is added to their scores: ``"13:-5,198:2.5"``."""
 
@@ -85,3 +89,9 @@ TOKENS, TEXT_OUTPUT, FINISH_REASON = "tokens", "text_output", "finish_reason"
 
 TOKEN_LOGPROBS, TOP_LOGPROBS, TOP_TOKENS = "token_logprobs", "top_logprobs", "top_tokens"
 """Outputs of requests with `LOGPROBS`."""
+
+
+PROMPT_TOKENS, PROMPT_TOKEN_LOGPROBS = "prompt_tokens", "prompt_token_logprobs"
+PROMPT_RANKS = "prompt_ranks"
+PROMPT_TOP_LOGPROBS, PROMPT_TOP_TOKENS = "prompt_top_logprobs", "prompt_top_tokens"
+"""Outputs of requests with `PROMPT_LOGPROBS`."""

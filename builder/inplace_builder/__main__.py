@@ -110,6 +110,14 @@ def build(
             help="Maximum number of tokens of all sequences in one step; default: four chunks."
         ),
     ] = None,
+    prompt_logprobs: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-logprobs",
+            help="Build a second program for requests that ask for log-probabilities of the tokens "
+            "that they feed.",
+        ),
+    ] = False,
     lookahead: Annotated[
         int | None,
         typer.Option(
@@ -158,6 +166,7 @@ def build(
             strict=strict,
             compute_capability=compute_capability,
             step_tokens=step_tokens,
+            prompt_logprobs=prompt_logprobs,
             lookahead=lookahead,
             slots=slots,
             max_rows=max_batch if max_batch is not None else min(slots, 8),

@@ -15,7 +15,14 @@ from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedO
 
 MODEL = "llama_stream"
 SLOTS, CAPACITY, CHUNK = 8, 256, 16
-OPTIONS = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=CAPACITY, chunk=CHUNK, serve="stream")
+OPTIONS = BuildOptions(
+    slots=SLOTS,
+    max_rows=SLOTS,
+    capacity=CAPACITY,
+    chunk=CHUNK,
+    serve="stream",
+    prompt_logprobs=True,
+)
 OUTPUTS = ("tokens", "text_output", "finish_reason")
 Parameter = str | int | bool
 

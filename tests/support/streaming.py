@@ -11,6 +11,7 @@ from inplace.drivers import StreamDriver
 from inplace.drivers.reply import Outputs
 from inplace.engines import Finish, StepEngine
 from inplace.errors import Code, RequestError
+from inplace.runtime.prompt import PROMPT_OUTPUTS
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
 from torch import Tensor
@@ -20,7 +21,7 @@ from support.models import CAPACITY
 
 ALL_OUTPUTS = frozenset(
     {"tokens", "text_output", "finish_reason", "next_token", "logits", "sum", "values"}
-    | {"token_logprobs", "top_logprobs", "top_tokens"}
+    | {"token_logprobs", "top_logprobs", "top_tokens", *PROMPT_OUTPUTS}
 )
 
 

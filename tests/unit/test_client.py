@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from inplace.client import ClientError, RefusedError, Retry, SequenceLostError, UnreachableError
 from inplace.client.errors import may_answer, parse_error
+from inplace.client.logprobs import TokenLogprob
 from inplace.client.replay import GenerationProgress, Piece, SequenceTracker
 from inplace.client.requests import (
     InferRequest,
     ModelMetadata,
     SequenceRequest,
-    TokenLogprob,
     decode_outputs,
     encode_parameters,
 )

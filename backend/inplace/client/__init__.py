@@ -12,8 +12,9 @@
 
 from inplace.client.async_client import AsyncClient, AsyncGeneration, AsyncSequence
 from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
+from inplace.client.logprobs import PromptLogprob, TokenLogprob, decode_prompt_logprobs
 from inplace.client.replay import Piece
-from inplace.client.requests import GenerationOptions, TokenLogprob
+from inplace.client.requests import GenerationOptions
 from inplace.client.servers import NO_RETRY, Retry
 from inplace.client.sync_client import Client, Generation, Sequence
 
@@ -27,10 +28,12 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "Piece",
+    "PromptLogprob",
     "RefusedError",
     "Retry",
     "Sequence",
     "SequenceLostError",
     "TokenLogprob",
     "UnreachableError",
+    "decode_prompt_logprobs",
 ]

@@ -22,6 +22,7 @@ from inplace.client.errors import (
     UnreachableError,
     parse_error,
 )
+from inplace.client.logprobs import PromptLogprob, TokenLogprob, keep_own_tokens
 from inplace.client.replay import REPLAY, GenerationProgress, Piece, SequenceTracker
 from inplace.client.requests import (
     Array,
@@ -31,7 +32,6 @@ from inplace.client.requests import (
     ParameterArgument,
     Segment,
     SequenceRequest,
-    TokenLogprob,
     decode_outputs,
     decode_text,
     generation_request,
@@ -397,7 +397,7 @@ class AsyncSequence:
         model = await self._metadata()
         outputs = await self._exchange(await self._replay(request, model), model)
         self._tracker.answered(request, model)
-        return outputs
+        return keep_own_tokens(outputs, request.num_ids)
 
     async def _replay(
         self, request: SequenceRequest, model: ModelMetadata, prefix: abc.Sequence[Segment] = ()
@@ -524,6 +524,14 @@ class AsyncGeneration:
     def logprobs(self) -> list[TokenLogprob]:
         """The log-probability of each token so far; empty unless they were asked for."""
         return list(self._progress.logprobs)
+
+    @property
+    def prompt_logprobs(self) -> list[PromptLogprob]:
+        """The log-probability of each token of the prompt, once the first token is there.
+
+        Empty unless they were asked for.
+        """
+        return list(self._progress.prompt_logprobs)
 
     @property
     def text(self) -> str:

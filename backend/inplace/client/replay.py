@@ -14,6 +14,14 @@ from inplace.client.errors import (
     SequenceLostError,
     UnreachableError,
 )
+from inplace.client.logprobs import (
+    PROMPT_OUTPUTS,
+    PromptLogprob,
+    TokenLogprob,
+    decode_logprobs,
+    decode_prompt_logprobs,
+    keep_own_tokens,
+)
 from inplace.client.requests import (
     Array,
     InferRequest,
@@ -21,11 +29,9 @@ from inplace.client.requests import (
     ParameterArgument,
     Segment,
     SequenceRequest,
-    TokenLogprob,
     check_no_nul,
     check_parameters,
     check_sequence_id,
-    decode_logprobs,
     decode_text,
     decode_tokens,
     encode_parameters,
@@ -43,6 +49,7 @@ from inplace.protocol import (
     MIN_TOKENS,
     NUM_GENERATED,
     POSITION,
+    PROMPT_LOGPROBS,
     SEQUENCE_KEY,
     STOP,
     TEXT,
@@ -418,6 +425,7 @@ class GenerationProgress:
         request: the same.
         tokens: all tokens so far.
         logprobs: of each of them; empty unless they were asked for.
+        prompt_logprobs: of the tokens of the prompt; empty unless they were asked for.
         text: all text so far.
         finish_reason: empty while it runs.
     """
@@ -426,6 +434,7 @@ class GenerationProgress:
         self.request = request
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[PromptLogprob] = []
         self.text = ""
         self.finish_reason = ""
         self._max_tokens = int(cast(int, request.parameters[MAX_TOKENS]))
@@ -445,7 +454,11 @@ class GenerationProgress:
         if not prompted:
             return [], request
         parameters = dict(request.parameters) | self._shifted(len(prompted))
-        rest = replace(request, parameters=parameters)
+        outputs = request.outputs
+        if self.prompt_logprobs:  # they came with the first token
+            del parameters[PROMPT_LOGPROBS]
+            outputs = tuple(name for name in outputs if name not in PROMPT_OUTPUTS)
+        rest = replace(request, parameters=parameters, outputs=outputs)
         if INPUT_IDS in request.inputs:
             return [], rest.with_suffix(prompted)
         inputs = {name: array for name, array in request.inputs.items() if name != TEXT}
@@ -488,6 +501,9 @@ class GenerationProgress:
         self.tokens += new
         logprobs = decode_logprobs(outputs, tokens)[len(expected) :]
         self.logprobs += logprobs
+        self.prompt_logprobs = self.prompt_logprobs or decode_prompt_logprobs(
+            keep_own_tokens(outputs, self.request.num_ids)
+        )
         reason = decode_text(outputs, FINISH_REASON)
         piece = Piece(new, full_text[len(self.text) :], reason, tuple(logprobs))
         self.text += piece.text

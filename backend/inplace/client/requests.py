@@ -12,6 +12,7 @@ from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from inplace.client.errors import parse_error
+from inplace.client.logprobs import PROMPT_OUTPUTS, logprob_outputs, prompt_outputs
 from inplace.errors import RequestError
 from inplace.parameters import (
     BY_NAME,
@@ -31,6 +32,7 @@ from inplace.protocol import (
     LOGPROBS,
     MAX_TOKENS,
     POSITIONS,
+    PROMPT_LOGPROBS,
     REQUESTS,
     STOP,
     STOP_TOKEN_IDS,
@@ -75,6 +77,8 @@ class GenerationOptions(TypedDict, total=False):
         min_p: of those, keep only tokens with at least this part of the largest probability.
         logprobs: return the log-probability of each token, and those of so many of the most likely
             ones.
+        prompt_logprobs: return the log-probability of each token of the prompt, and those of so
+            many of the most likely ones in its place.
         repetition_penalty: divides positive scores of tokens that the sequence has, and multiplies
             their negative scores.
         presence_penalty: subtracted from the scores of tokens that were generated.
@@ -99,6 +103,7 @@ class GenerationOptions(TypedDict, total=False):
     seed: int
     min_p: float
     logprobs: int
+    prompt_logprobs: int
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -144,7 +149,7 @@ class ModelMetadata:
         streams_steps = decoupled and counts_requests and FINISH_REASON in names
         generates = decoupled and not streams_steps
         generated = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if generates else ()
-        asked = (LOGITS, TOKEN_LOGPROBS, TOP_LOGPROBS, TOP_TOKENS)
+        asked = (LOGITS, TOKEN_LOGPROBS, TOP_LOGPROBS, TOP_TOKENS, *PROMPT_OUTPUTS)
         return cls(
             decoupled=decoupled,
             token_inputs=frozenset(
@@ -193,7 +198,12 @@ class SequenceRequest:
             names = dict.fromkeys((*self.outputs, *last))
             return tuple(name for name in names if name != TEXT_OUTPUT or model.has_text)
         logits = (LOGITS,) if self._asks_for_logits else ()
-        return model.step_outputs + logits + logprob_outputs(self.parameters.get(LOGPROBS))
+        return (
+            model.step_outputs
+            + logits
+            + logprob_outputs(self.parameters.get(LOGPROBS))
+            + prompt_outputs(self.parameters.get(PROMPT_LOGPROBS))
+        )
 
     @property
     def _asks_for_logits(self) -> bool:
@@ -201,6 +211,11 @@ class SequenceRequest:
             return bool(BY_NAME[LOGITS].parse(self.parameters.get(LOGITS, False)))
         except RequestError:  # the request will not be sent
             return False
+
+    @property
+    def num_ids(self) -> int | None:
+        """How many token ids it has; None if it has other inputs."""
+        return len(self.inputs[INPUT_IDS]) if INPUT_IDS in self.inputs else None
 
     @property
     def segment(self) -> Segment | None:
@@ -254,16 +269,14 @@ def generation_request(
     parameters: dict[str, ParameterArgument] = {MAX_TOKENS: max_tokens}
     parameters.update(cast(Mapping[str, ParameterArgument], options))
     texts = (TEXT_OUTPUT,) if text else ()
-    outputs = (TOKENS, *texts, FINISH_REASON, *logprob_outputs(options.get("logprobs")))
+    outputs = (
+        TOKENS,
+        *texts,
+        FINISH_REASON,
+        *logprob_outputs(options.get("logprobs")),
+        *prompt_outputs(options.get("prompt_logprobs")),
+    )
     return SequenceRequest(inputs, end, parameters, outputs, request_id)
-
-
-def logprob_outputs(logprobs: object) -> tuple[str, ...]:
-    """The outputs with log-probabilities that a parameter `LOGPROBS` asks for."""
-    if logprobs is None:
-        return ()
-    top = () if logprobs in (0, "0") else (TOP_LOGPROBS, TOP_TOKENS)
-    return (TOKEN_LOGPROBS, *top)
 
 
 @dataclass(frozen=True)
@@ -458,40 +471,6 @@ def join_outputs(
 def decode_tokens(outputs: Mapping[str, Array]) -> list[int]:
     """The tokens of a response of a generation."""
     return [int(token) for token in outputs[TOKENS].reshape(-1)]
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """The log-probability of a token, before temperature, penalties, biases and masks.
-
-    Attributes:
-        token: the token.
-        logprob: its natural logarithm of the probability.
-        top: the most likely tokens with theirs, in order; as many as were asked for.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-def decode_logprobs(outputs: Mapping[str, Array], tokens: Sequence[int]) -> list[TokenLogprob]:
-    """The log-probabilities of these tokens of a response; empty where there are none."""
-    if TOKEN_LOGPROBS not in outputs:
-        return []
-    values = outputs[TOKEN_LOGPROBS].reshape(-1)
-    top: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
-    if TOP_TOKENS in outputs and len(tokens):
-        shape = (len(tokens), -1)
-        ids, numbers = (outputs[name].reshape(shape) for name in (TOP_TOKENS, TOP_LOGPROBS))
-        top = [
-            tuple((int(token), float(number)) for token, number in zip(*pair, strict=True))
-            for pair in zip(ids, numbers, strict=True)
-        ]
-    return [
-        TokenLogprob(token, float(value), likely)
-        for token, value, likely in zip(tokens, values, top, strict=True)
-    ]
 
 
 def decode_text(outputs: Mapping[str, Array], name: str) -> str:

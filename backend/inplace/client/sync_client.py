@@ -21,6 +21,7 @@ from inplace.client.errors import (
     UnreachableError,
     parse_error,
 )
+from inplace.client.logprobs import PromptLogprob, TokenLogprob, keep_own_tokens
 from inplace.client.replay import REPLAY, GenerationProgress, Piece, SequenceTracker
 from inplace.client.requests import (
     Array,
@@ -30,7 +31,6 @@ from inplace.client.requests import (
     ParameterArgument,
     Segment,
     SequenceRequest,
-    TokenLogprob,
     decode_outputs,
     decode_text,
     generation_request,
@@ -396,7 +396,7 @@ class Sequence:
         model = self._metadata()
         outputs = self._exchange(self._replay(request, model), model)
         self._tracker.answered(request, model)
-        return outputs
+        return keep_own_tokens(outputs, request.num_ids)
 
     def _replay(
         self, request: SequenceRequest, model: ModelMetadata, prefix: abc.Sequence[Segment] = ()
@@ -523,6 +523,14 @@ class Generation:
     def logprobs(self) -> list[TokenLogprob]:
         """The log-probability of each token so far; empty unless they were asked for."""
         return list(self._progress.logprobs)
+
+    @property
+    def prompt_logprobs(self) -> list[PromptLogprob]:
+        """The log-probability of each token of the prompt, once the first token is there.
+
+        Empty unless they were asked for.
+        """
+        return list(self._progress.prompt_logprobs)
 
     @property
     def text(self) -> str:

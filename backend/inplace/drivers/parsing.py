@@ -31,6 +31,7 @@ from inplace.protocol import (
 )
 from inplace.runtime.audio import check_audio_parameters
 from inplace.runtime.instance import ModelInstance
+from inplace.runtime.prompt import PROMPT_OUTPUTS
 from inplace.runtime.requests import Request, SamplingParams, ValidatedRequest, check_available
 from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.served import Program
@@ -76,6 +77,9 @@ class RequestParser:
         self._generation_outputs = frozenset({TOKENS, FINISH_REASON})
         if instance.program.max_adjusted:
             self._generation_outputs |= {role.value for role in LOGPROB_ROLES}
+        if instance.prompt_engine is not None:
+            self._step_outputs |= PROMPT_OUTPUTS
+            self._generation_outputs |= PROMPT_OUTPUTS
         if (tokenizer := tokenizer_config.tokenizer) is not None:
             self._special_tokens = special_tokens(tokenizer)
             self._first_tokens = first_tokens(tokenizer)

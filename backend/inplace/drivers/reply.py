@@ -103,6 +103,8 @@ class Reply:
     Attributes:
         channel: sends the responses.
         finished: the final response has been sent.
+        prompt_outputs: what the response with the first token has of the prompt. Set before that
+            token is added.
     """
 
     __slots__ = (
@@ -116,6 +118,7 @@ class Reply:
         "_tokens",
         "channel",
         "finished",
+        "prompt_outputs",
     )
 
     def __init__(
@@ -137,6 +140,7 @@ class Reply:
         self._final_lock = threading.Lock()
         self._send_failed = False
         self.finished = False
+        self.prompt_outputs: Outputs = {}
 
     def add(self, piece: Piece) -> bool:
         """Add a token, or tokens.
@@ -220,6 +224,9 @@ class Reply:
         """The outputs of a response with these tokens, but for the reason why it is the last."""
         requested = self.channel.requested_outputs
         outputs: dict[str, Tensor | str] = {}
+        if tokens and self.prompt_outputs:
+            outputs |= self.prompt_outputs
+            self.prompt_outputs = {}
         if TOKENS in requested:
             outputs[TOKENS] = torch.tensor([[token for token, *_ in tokens]], dtype=torch.int64)
         if self._logprobs is not None:

@@ -192,6 +192,8 @@ class ResponseBuffer:
             self._observer.first_token(monotonic() - request.request.arrival_time)
         active = request.active
         assert active is not None
+        if generation.num_tokens == 1:
+            request.reply.prompt_outputs = active.prompt_outputs
         place = None if active.sampling_params.logprobs is None else active.step_outputs
         self._tokens.append((request.reply, (generation.last_token, text, place)))
 

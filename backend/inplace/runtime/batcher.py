@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inplace.errors import RequestError
 from inplace.protocol import TOP_LOGPROBS, TOP_TOKENS
+from inplace.runtime.prompt import PromptLogprobs
 from inplace.runtime.requests import GREEDY, Request, SamplingParams
 from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import SequenceState
@@ -54,6 +55,7 @@ class ActiveRequest:
         error: why the engine could not finish it.
         dropped: its client has its answer already; a step in flight must not change it any more.
         progress: its place in its schedule; None in an engine without one.
+        prompt_logprobs: the log-probabilities of its own tokens; None if it does not ask for them.
     """
 
     request: Request
@@ -71,6 +73,7 @@ class ActiveRequest:
     error: RequestError | None = None
     dropped: bool = False
     progress: "ScheduleProgress | None" = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -88,11 +91,26 @@ class ActiveRequest:
         tensors, row = self.step_outputs
         if self.progress is not None:  # they are its own
             return {name: tensors[name] for name in tensors if name in self.requested_outputs}
-        return {
+        outputs = {
             name: self.own_output(name, tensor[row : row + 1])
             for name, tensor in tensors.items()
             if name in self.requested_outputs
         }
+        return outputs | self.prompt_outputs
+
+    @property
+    def prompt_outputs(self) -> dict[str, Tensor]:
+        """The outputs of the parameter ``prompt_logprobs``; empty if it does not have it."""
+        return {} if self.prompt_logprobs is None else self.prompt_logprobs.outputs()
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether a next step feeds a token that another one of it follows, and must score that."""
+        return (
+            self.prompt_logprobs is not None
+            and self.decode_token is None
+            and self.num_waiting_tokens > 1
+        )
 
     def own_output(self, name: str, output: Tensor) -> Tensor:
         """An output of its row, ``[1, ...]``, as it is answered: ``[1, 1, n]`` of most likely ones.
@@ -299,6 +317,7 @@ def split_outputs(rows: list[ActiveRequest], outputs: Mapping[str, Tensor]) -> l
             for name in parts
             if name in active.requested_outputs
         }
+        | active.prompt_outputs
         for row, active in enumerate(rows)
     ]
 
@@ -323,7 +342,10 @@ class Batch:
 
 
 def form_batch(
-    program: Program, rows: list[ActiveRequest], token_budget: int | None = None
+    program: Program,
+    rows: list[ActiveRequest],
+    token_budget: int | None = None,
+    counts: list[int] | None = None,
 ) -> Batch:
     """Form the next step of some rows: their tokens are packed, at most ``program.chunk`` of a row.
 
@@ -332,42 +354,49 @@ def form_batch(
         rows: at most ``program.max_rows`` of them.
         token_budget: most tokens of the whole step, at least one a row; None for
             ``program.token_budget``.
+        counts: how many tokens of each row the step consumes, if that is known (`count_tokens`).
     """
     waiting = [active.num_waiting_tokens for active in rows]
-    budget = program.token_budget if token_budget is None else token_budget
-    counts = schedule_tokens(waiting, program.chunk, budget)
+    if counts is None:
+        counts = count_tokens(program, rows, token_budget)
     # The token of a row with more tokens waiting is not used, so it need not be sampled.
     sampling_params = [
         active.sampling_params if left == count else GREEDY
         for active, left, count in zip(rows, waiting, counts, strict=True)
     ]
     greedy = all(params is GREEDY for params in sampling_params)
-    adjusted: list[int] = []
-    if not greedy:
-        adjusted = [row for row, params in enumerate(sampling_params) if params.adjusts]
-        for active in (rows[row] for row in adjusted):
-            if active.decode_token is not None:
-                active.count(active.decode_token)
+    adjusted = [] if greedy else _count_decode_tokens(rows, sampling_params)
     adjustments = _adjustments(rows, adjusted)
-    columns = _position_columns(rows, counts, decode_only=counts is waiting)
+    columns = _position_columns(rows, counts, decode_only=max(waiting) == 1)
     inputs: dict[str, Tensor] = {}
     for spec in program.inputs:
         if spec.role is Role.TOKENS:
             inputs[spec.name] = _pack_tokens(spec, rows, counts)
+        elif spec.role is Role.FOLLOWING_TOKENS:
+            inputs[spec.name] = _pack_following_tokens(program, spec, rows, counts)
         elif spec.role in ENTRY_ROLES:
             inputs[spec.name] = torch.stack([active.inputs[spec.name] for active in rows])
         elif spec.role is Role.VALID_LENGTHS and spec.name in rows[0].inputs:
             lengths = torch.stack([active.inputs[spec.name] for active in rows])
             inputs[spec.name] = lengths.to(spec.dtype.as_torch)
+        elif (values := columns.get(spec.role)) is not None:
+            inputs[spec.name] = torch.from_numpy(values.astype(spec.dtype.value, copy=False))
+        elif greedy:
+            inputs[spec.name] = _greedy_values(spec.role, spec.dtype, (len(rows), *spec.shape))
         else:
-            values = columns.get(spec.role)
-            if values is None and greedy:
-                inputs[spec.name] = _greedy_values(spec.role, spec.dtype, (len(rows), *spec.shape))
-            elif values is not None:
-                inputs[spec.name] = torch.from_numpy(values.astype(spec.dtype.value, copy=False))
-            else:
-                inputs[spec.name] = sampling_values(spec, sampling_params, adjustments)
+            inputs[spec.name] = sampling_values(spec, sampling_params, adjustments)
     return Batch(rows, counts, inputs, sampling_params, adjusted)
+
+
+def _count_decode_tokens(
+    rows: Sequence[ActiveRequest], sampling_params: Sequence[SamplingParams]
+) -> list[int]:
+    """The rows whose scores are adjusted; the tokens that they feed are counted."""
+    adjusted = [row for row, params in enumerate(sampling_params) if params.adjusts]
+    for active in (rows[row] for row in adjusted):
+        if active.decode_token is not None:
+            active.count(active.decode_token)
+    return adjusted
 
 
 def _adjustments(
@@ -402,6 +431,15 @@ def next_decode_batch(program: Program, batch: Batch, tokens: Tensor) -> Batch:
         elif changed and spec.role in SAMPLING_OPTION_ROLES:
             inputs[spec.name] = sampling_values(spec, batch.sampling_params, adjustments)
     return replace(batch, inputs=inputs)
+
+
+def count_tokens(
+    program: Program, rows: list[ActiveRequest], token_budget: int | None = None
+) -> list[int]:
+    """How many tokens of each row the next step consumes; the arguments are `form_batch`'s."""
+    budget = program.token_budget if token_budget is None else token_budget
+    waiting = [active.num_waiting_tokens for active in rows]
+    return schedule_tokens(waiting, program.chunk, budget)
 
 
 def schedule_tokens(waiting: list[int], chunk: int, token_budget: int) -> list[int]:
@@ -481,6 +519,21 @@ def _pack_tokens(spec: TensorSpec, rows: list[ActiveRequest], counts: list[int])
     if decode_tokens:
         parts.append(torch.from_numpy(np.array(decode_tokens)))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _pack_following_tokens(
+    program: Program, spec: TensorSpec, rows: list[ActiveRequest], counts: list[int]
+) -> Tensor:
+    """For each of the next tokens of all rows the one that its request feeds after it, or 0."""
+    assert program.decoder_io is not None
+    name, parts = program.decoder_io[0], list[Tensor]()
+    for active, count in zip(rows, counts, strict=True):
+        following = torch.zeros(0, dtype=torch.int64)
+        if active.decode_token is None:
+            begin = active.num_computed_tokens + 1
+            following = active.inputs[name][begin : begin + count]
+        parts += [following, following.new_zeros(count - len(following))]
+    return torch.cat(parts).to(spec.dtype.as_torch)
 
 
 def sampling_values(

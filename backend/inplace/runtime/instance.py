@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from time import monotonic
 from typing import Self
@@ -15,13 +17,21 @@ from inplace.engines.arena import Arena
 from inplace.errors import Code, LoadError, RequestError
 from inplace.parameters import forwards_nothing, parse_parameters
 from inplace.protocol import GROUP, LOGITS
-from inplace.runtime.batcher import ActiveRequest, Batch, form_batch, next_decode_batch
+from inplace.runtime.batcher import (
+    ActiveRequest,
+    Batch,
+    count_tokens,
+    form_batch,
+    next_decode_batch,
+)
 from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.observer import Observer
+from inplace.runtime.prompt import PromptLogprobs, StepPart, launch_parts
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
 from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import EndReason, SequenceState, SlotTable
 from inplace.schema.files import EngineFolder
+from inplace.schema.schedule import PROMPT_LOGPROBS
 from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import LOGPROB_ROLES, Update
 
@@ -38,6 +48,8 @@ class InFlightStep:
         seconds: from its launch until it was waited for.
         failed: the engine raised.
         num_calls: how many times the program is called, of a schedule.
+        scored: of the rows that the program with log-probabilities of fed tokens runs, each with
+            its first token in that program's step.
     """
 
     batch: Batch
@@ -47,6 +59,7 @@ class InFlightStep:
     seconds: float = 0.0
     failed: bool = False
     num_calls: int = 1
+    scored: Mapping[int, int] = field(default_factory=dict)
 
 
 class ModelInstance:
@@ -62,6 +75,8 @@ class ModelInstance:
         engine: runs a step.
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         clock: monotonic seconds.
+        prompt_engine: runs the rows that ask for log-probabilities of fed tokens; None if the
+            engine does not have that program.
 
     Attributes:
         program: the program of a step.
@@ -80,8 +95,11 @@ class ModelInstance:
         engine: StepEngine,
         idle_timeout: float,
         clock: Callable[[], float] = monotonic,
+        prompt_engine: StepEngine | None = None,
     ) -> None:
         self.manifest = manifest
+        self.prompt_engine = prompt_engine
+        self._prompt_program = None if prompt_engine is None else manifest.prompt_program
         self.program: Program = manifest.interface
         self.arena = arena
         self.engine = engine
@@ -138,7 +156,10 @@ class ModelInstance:
                 f"{files.path} has a schedule of programs; open it with "
                 "inplace.runtime.schedules.open_model"
             )
-        return cls(manifest, arena, load_engine(files, manifest, arena), idle_timeout)
+        engine, prompt_engine = load_engine(files, manifest, arena), None
+        if manifest.prompt_program is not None:
+            prompt_engine = load_engine(files, manifest, arena, PROMPT_LOGPROBS)
+        return cls(manifest, arena, engine, idle_timeout, prompt_engine=prompt_engine)
 
     # Requests
 
@@ -181,6 +202,7 @@ class ModelInstance:
             if not sampling_params.is_greedy:  # else GREEDY itself: its batches form faster
                 validated.sampling_params = sampling_params
                 validated.requested_outputs |= sampling_params.outputs
+            validated.prompt_logprobs = request.prompt_logprobs(self._prompt_program)
             validated.position = request.position()
             validated.source = request.source()
         except RequestError as error:
@@ -256,6 +278,13 @@ class ModelInstance:
             adjustments,
             validated.requested_outputs,
         )
+        if validated.prompt_logprobs is not None:
+            assert self.program.decoder_io is not None
+            active.prompt_logprobs = PromptLogprobs(
+                validated.inputs[self.program.decoder_io[0]],
+                validated.prompt_logprobs,
+                pending=sequence.pending_token is not None,
+            )
         self._prepend_pending_token(active)
         return active
 
@@ -446,13 +475,53 @@ class ModelInstance:
             rows: at most ``program.max_rows`` requests of different sequences.
             token_budget: as in `form_batch`.
         """
-        batch = form_batch(self.program, rows, token_budget)
-        requested = {
-            active.requested_outputs
-            for active, count in zip(rows, batch.num_scheduled_tokens, strict=True)
-            if active.num_waiting_tokens == count
-        }
-        return self._launch(self.engine.launch, batch, frozenset().union(*requested))
+        counts = count_tokens(self.program, rows, token_budget)
+        requested = frozenset[str]().union(
+            *{
+                active.requested_outputs
+                for active, count in zip(rows, counts, strict=True)
+                if active.num_waiting_tokens == count
+            }
+        )
+        scored = [row for row, active in enumerate(rows) if active.scores_prompt]
+        if scored:
+            return self._launch_scored(rows, counts, scored, requested)
+        batch = form_batch(self.program, rows, counts=counts)
+        return self._launch(self.engine.launch, batch, requested)
+
+    def _launch_scored(
+        self,
+        rows: list[ActiveRequest],
+        counts: list[int],
+        scored: list[int],
+        requested: frozenset[str],
+    ) -> InFlightStep:
+        """Launch a step with rows that ask for log-probabilities of what they feed.
+
+        Another program runs these rows, beside the one that runs the others as always.
+
+        Args:
+            rows: the rows of the step.
+            counts: how many tokens of each it consumes.
+            scored: the indices of those that ask.
+            requested: names of the outputs that are read.
+        """
+        assert self.prompt_engine is not None
+        assert self._prompt_program is not None
+        places: list[tuple[StepEngine, Program, list[int]]]
+        places = [(self.prompt_engine, self._prompt_program, scored)]
+        if others := sorted(set(range(len(rows))) - set(scored)):
+            places.append((self.engine, self.program, others))
+        parts = []
+        for engine, program, each in places:
+            part = [rows[row] for row in each], [counts[row] for row in each]
+            batch = form_batch(program, part[0], counts=part[1])
+            parts.append(StepPart(engine, batch.inputs, each))
+        whole = Batch(rows, counts, {}, [], [])
+        step = self._launch(partial(launch_parts, parts), whole, requested)
+        starts = accumulate((counts[row] for row in scored), initial=0)
+        step.scored = dict(zip(scored, starts, strict=False))
+        return step
 
     def launch_next(self, step: InFlightStep, outputs: Mapping[str, Tensor]) -> InFlightStep:
         """Launch the decode step after ``step``, as if each row was fed the token it has sampled.
@@ -526,6 +595,8 @@ class ModelInstance:
             if self._counted_input is not None:
                 self._remember_tokens(active, count)
             active.num_computed_tokens += count
+            if row in step.scored and active.prompt_logprobs is not None:
+                active.prompt_logprobs.add(outputs, step.scored[row], count)
             if active.num_computed_tokens == active.num_tokens:
                 active.step_outputs = (outputs, row)
         num_prefill_tokens = num_tokens - num_decode_tokens

@@ -13,7 +13,7 @@ from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import EngineFolder
 from inplace.schema.schedule import STEP
 from inplace.schema.served import FILE_NAME, Manifest, Program
-from inplace.schema.specs import INITIAL_FILE, RESERVED_OUTPUT_ROLES, SCHEDULED_ROLES, Role
+from inplace.schema.specs import INITIAL_FILE, SCHEDULED_ROLES, Role
 from inplace.schema.tensor_file import read_tensors
 
 NULL_SLOT = -1
@@ -97,12 +97,6 @@ def _check_version(folder: EngineFolder, manifest: Manifest) -> None:
     later += [f"scale of state {each.name}" for each in manifest.states if each.scale is not None]
     later += [
         f"scales of weight {name}" for each in manifest.programs for name in each.engine.scales
-    ]
-    later += [
-        f"output {spec.name} of the role {spec.role}"
-        for each in manifest.programs
-        for spec in each.outputs
-        if spec.role in RESERVED_OUTPUT_ROLES
     ]
     if later:
         raise LoadError(

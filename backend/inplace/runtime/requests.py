@@ -28,6 +28,7 @@ from inplace.protocol import (
     MAX_TOKENS,
     NUM_GENERATED,
     POSITION,
+    PROMPT_LOGPROBS,
     SEQUENCE_KEY,
     TOKEN_LOGPROBS,
     TOP_LOGPROBS,
@@ -312,6 +313,31 @@ class Request:
                 return _digest(f"{name} {BY_NAME[name].parse(self.parameters[name])}")
         return _digest(f"id {self.sequence_id!r}")
 
+    def prompt_logprobs(self, program: Program | None) -> int | None:
+        """The parameter ``prompt_logprobs``; None if absent.
+
+        Args:
+            program: the program with log-probabilities of fed tokens; None if there is none.
+
+        Raises:
+            RequestError: BAD_PARAMETER, there is none, or it is not a number or out of range.
+        """
+        if PROMPT_LOGPROBS not in self.parameters:
+            return None
+        given = self.parameters[PROMPT_LOGPROBS]
+        number = BY_NAME[PROMPT_LOGPROBS].parse(given)
+        assert isinstance(number, int)
+        if program is None:
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"parameter {PROMPT_LOGPROBS!r} is {given!r}; this engine was built without"
+                f" log-probabilities of fed tokens: leave it out, or build a language model with"
+                f" --prompt-logprobs",
+            )
+        if number > program.vocab_size:
+            raise BY_NAME[PROMPT_LOGPROBS].refusal(given, f"at most {program.vocab_size} tokens")
+        return number
+
     def sampling_params(self, program: Program) -> SamplingParams:
         """How its next token is chosen; greedy if it has no sampling parameter.
 
@@ -347,6 +373,8 @@ class ValidatedRequest:
         position: the parameter ``position``; None if absent.
         source: the parameter ``from``; None if absent.
         sampling_params: how its next token is chosen.
+        prompt_logprobs: of how many of the most likely tokens it asks the log-probabilities, in the
+            place of each of its own; None for no log-probabilities of its own tokens.
         requested_outputs: names of the outputs to compute.
         refusal: why it is refused; its START and END take effect all the same.
         schedule: what it runs, in an engine with schedules; known once its sequence is.
@@ -362,6 +390,7 @@ class ValidatedRequest:
     position: int | None = None
     source: SequenceId | None = None
     sampling_params: SamplingParams = GREEDY
+    prompt_logprobs: int | None = None
     requested_outputs: frozenset[str] = frozenset()
     refusal: RequestError | None = None
     schedule: Schedule | None = None

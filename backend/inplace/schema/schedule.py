@@ -11,6 +11,11 @@ STEP = "step"
 """The program of an engine with one."""
 
 
+PROMPT_LOGPROBS = "prompt_logprobs"
+"""The program that is the step with log-probabilities of every fed token beside its outputs. It
+takes the place of the step for rows that ask for them."""
+
+
 class _Repeated(Record):
     """What a schedule repeats: until an output says that it is done, or a number of times."""
 

@@ -14,7 +14,13 @@ from inplace.errors import LoadError
 from inplace.protocol import AUDIO, AUDIO_INT16
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import FileRecord, Record, RecordFile, find_file
-from inplace.schema.schedule import DEFAULT_SCHEDULE, STEP, RequestFlag, Schedule
+from inplace.schema.schedule import (
+    DEFAULT_SCHEDULE,
+    PROMPT_LOGPROBS,
+    STEP,
+    RequestFlag,
+    Schedule,
+)
 from inplace.schema.specs import (
     CLIENT_ROLES,
     INITIAL_FILE,
@@ -22,7 +28,7 @@ from inplace.schema.specs import (
     JOINED_ROLES,
     LOGPROB_ROLES,
     OUTPUT_ROLES,
-    RESERVED_OUTPUT_ROLES,
+    PROMPT_LOGPROB_ROLES,
     ROW_IS_SLOT_KINDS,
     SAMPLING_OPTION_ROLES,
     SAMPLING_ROLES,
@@ -156,7 +162,7 @@ class Program(Record):
             raise ValueError(f"program {self.name}: tensor names must differ, got {names}")
         outputs = {output.name for output in self.outputs}
         for spec in (*self.inputs, *self.outputs):
-            has_tokens = spec.role in (Role.TOKENS, Role.LOGPROBS)
+            has_tokens = spec.role in (Role.TOKENS, *PROMPT_LOGPROB_ROLES)
             if spec.role in JOINED_ROLES and spec.name in outputs:
                 continue  # see `_check_roles`
             if -1 in spec.shape[1:] or (spec.shape[:1] == (-1,)) != has_tokens:
@@ -181,7 +187,7 @@ class Program(Record):
         roles = [spec.role for spec in self.inputs]
         for specs, known, kind in (
             (self.inputs, INPUT_ROLES, "input"),
-            (self.outputs, OUTPUT_ROLES | RESERVED_OUTPUT_ROLES, "output"),
+            (self.outputs, OUTPUT_ROLES, "output"),
         ):
             if wrong := [spec for spec in specs if spec.role not in known]:
                 raise ValueError(
@@ -211,6 +217,7 @@ class Program(Record):
                 f"{[str(role) for role in SAMPLING_ROLES]}"
             )
         self._check_sampling_options()
+        self._check_prompt_logprobs()
         if self.row_layout == "rectangular" and (Role.TOKENS in roles or self.chunk != 1):
             raise ValueError(
                 f"program {self.name}: a rectangular program takes one entry a row and a chunk of 1"
@@ -241,6 +248,16 @@ class Program(Record):
                 f"inputs of the role valid_lengths are {lengths}"
             )
         return self
+
+    def _check_prompt_logprobs(self) -> None:
+        names = [spec.name for spec in self.outputs if spec.role in PROMPT_LOGPROB_ROLES]
+        has_input = any(spec.role is Role.FOLLOWING_TOKENS for spec in self.inputs)
+        if sorted(names) != (sorted(PROMPT_LOGPROB_ROLES) if has_input else []):
+            raise ValueError(
+                f"program {self.name}: log-probabilities of fed tokens need an input of the role "
+                f"{Role.FOLLOWING_TOKENS} and outputs named "
+                f"{[str(role) for role in PROMPT_LOGPROB_ROLES]}; got the outputs {names}"
+            )
 
     def _check_sampling_options(self) -> None:
         inputs = {spec.role: spec for spec in self.inputs if spec.role in SAMPLING_OPTION_ROLES}
@@ -484,12 +501,37 @@ class Manifest(RecordFile):
             self._check_schedule(schedule)
         check_schedules(self.schedules, self.programs)
         called = frozenset[str]().union(*(schedule.programs for schedule in self.schedules))
+        if self.prompt_program is not None:
+            self._check_prompt_program(self.prompt_program)
+            called |= {PROMPT_LOGPROBS}
         if uncalled := sorted(set(names) - called):
             raise ValueError(f"no schedule calls the programs {uncalled}")
-        check_interfaces(self.programs)
+        check_interfaces([each for each in self.programs if each is not self.prompt_program])
         if len(self.programs) > 1:
             self._check_shared()
         return self
+
+    def _check_prompt_program(self, program: CompiledProgram) -> None:
+        """Check that a program can take the place of the step."""
+        if self.is_scheduled or len(self.programs) != 2:
+            raise ValueError(
+                f"program {PROMPT_LOGPROBS} takes the place of the step, and of no other program; "
+                f"the programs are {[each.name for each in self.programs]}"
+            )
+        step = self.program(STEP)
+        inputs = [spec for spec in program.inputs if spec.role is not Role.FOLLOWING_TOKENS]
+        outputs = [spec for spec in program.outputs if spec.role not in PROMPT_LOGPROB_ROLES]
+        sizes = [(each.max_rows, each.chunk, each.token_budget) for each in (step, program)]
+        if (
+            (tuple(inputs), tuple(outputs)) != (step.inputs, step.outputs)
+            or len(outputs) == len(program.outputs)
+            or sizes[0] != sizes[1]
+            or step.decoder_io is None
+        ):
+            raise ValueError(
+                f"program {PROMPT_LOGPROBS} must have the inputs, the outputs and the sizes of the "
+                f"step of a language model, and log-probabilities of every fed token"
+            )
 
     def _check_schedule(self, schedule: Schedule) -> None:
         names = [program.name for program in self.programs]
@@ -603,10 +645,15 @@ class Manifest(RecordFile):
     def is_scheduled(self) -> bool:
         """Whether a request is more than one call, or its answer more than one call's outputs."""
         return (
-            len(self.programs) > 1
+            any(program.name not in (STEP, PROMPT_LOGPROBS) for program in self.programs)
             or self.schedules != (DEFAULT_SCHEDULE,)
             or any(spec.role in _OUTPUT_TYPES for spec in self.programs[0].outputs)
         )
+
+    @property
+    def prompt_program(self) -> CompiledProgram | None:
+        """The program with log-probabilities of every fed token; None if there is none."""
+        return next((each for each in self.programs if each.name == PROMPT_LOGPROBS), None)
 
     @property
     def interface(self) -> Program:

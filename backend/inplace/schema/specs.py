@@ -127,6 +127,11 @@ class Role(StrEnum):
     """From the runtime, ``[rows, entries]``: the tokens whose scores are adjusted."""
     ADJUSTMENTS = "adjustments"
     """From the runtime, ``[rows, 3, entries]``: how, see `inplace.operators.sample`."""
+    FOLLOWING_TOKENS = "following_tokens"
+    """From the runtime, ``[tokens]``: the token that its request feeds behind each token.
+
+    0 behind the last one.
+    """
     VALID_LENGTHS = "valid_lengths"
     """From the runtime, ``[rows]``: how many entries each row has in the step.
 
@@ -145,8 +150,20 @@ class Role(StrEnum):
     """An output: those of the most likely tokens, ``[MAX_LOGPROBS]`` a row."""
     TOP_TOKENS = "top_tokens"
     """An output: these tokens, ``[MAX_LOGPROBS]`` a row."""
-    LOGPROBS = "logprobs"
-    """An output, reserved: the log-probability of every fed token."""
+    PROMPT_TOKEN_LOGPROBS = "prompt_token_logprobs"
+    """An output, ``[tokens]``: the log-probability of the token that follows each token.
+
+    Of the last token of a request nothing follows, so its entry has no meaning.
+    """
+    PROMPT_RANKS = "prompt_ranks"
+    """An output, int64, ``[tokens]``: the rank of that token; 1 is the most likely one."""
+    PROMPT_TOP_LOGPROBS = "prompt_top_logprobs"
+    """An output, ``[tokens, MAX_LOGPROBS]``: those of the most likely tokens behind each token.
+
+    Fewer than ``MAX_LOGPROBS`` where the vocabulary has no more.
+    """
+    PROMPT_TOP_TOKENS = "prompt_top_tokens"
+    """An output, int64, ``[tokens, MAX_LOGPROBS]``: these tokens."""
     DONE = "done"
     """An output, bool, ``[1]`` a row: the row's calls of this program have ended.
 
@@ -172,6 +189,22 @@ LOGPROB_ROLES = (Role.TOKEN_LOGPROBS, Role.TOP_LOGPROBS, Role.TOP_TOKENS)
 of these roles are named like them."""
 
 
+PROMPT_LOGPROB_ROLES = (
+    Role.PROMPT_TOKEN_LOGPROBS,
+    Role.PROMPT_RANKS,
+    Role.PROMPT_TOP_LOGPROBS,
+    Role.PROMPT_TOP_TOKENS,
+)
+"""The outputs for each fed token of the program `inplace.schema.schedule.PROMPT_LOGPROBS`. They are
+named like their roles."""
+
+
+PACKED_ROLES = frozenset(
+    {Role.TOKENS, Role.POSITIONS, Role.FOLLOWING_TOKENS, *PROMPT_LOGPROB_ROLES}
+)
+"""The roles of tensors of a packed program that have an entry for each token."""
+
+
 OUTPUT_ROLES = frozenset(
     {
         Role.VALUE,
@@ -181,6 +214,7 @@ OUTPUT_ROLES = frozenset(
         Role.DONE,
         Role.ACCEPTED,
         *LOGPROB_ROLES,
+        *PROMPT_LOGPROB_ROLES,
     }
 )
 """The roles of outputs that the runtime sends."""
@@ -190,11 +224,7 @@ JOINED_ROLES = frozenset({Role.TOKENS, Role.ACCEPTED})
 """The roles of outputs that a schedule joins over its calls."""
 
 
-RESERVED_OUTPUT_ROLES = frozenset({Role.LOGPROBS})
-"""The roles of outputs that a later runtime uses."""
-
-
-INPUT_ROLES = frozenset(Role) - (OUTPUT_ROLES - {Role.TOKENS}) - RESERVED_OUTPUT_ROLES
+INPUT_ROLES = frozenset(Role) - (OUTPUT_ROLES - {Role.TOKENS})
 """The roles of inputs."""
 
 

@@ -100,6 +100,7 @@ def _load(args: dict[str, str]) -> LoadedModel:
         has_tokenizer=manifest.has_file(TOKENIZER_NAME),
         streams=streams,
         optional=manifest.optional_inputs,
+        prompt_logprobs=manifest.prompt_program is not None,
     )
     check_model_config(json.loads(args["model_config"]), tensors, settings.idle_timeout)
     if settings.capacity is not None:

@@ -16,6 +16,11 @@ from inplace.protocol import (
     FINISH_REASON,
     FOREIGN_PROMPTS,
     INPUT_IDS,
+    PROMPT_RANKS,
+    PROMPT_TOKEN_LOGPROBS,
+    PROMPT_TOKENS,
+    PROMPT_TOP_LOGPROBS,
+    PROMPT_TOP_TOKENS,
     STOP,
     TEXT,
     TEXT_OUTPUT,
@@ -90,6 +95,19 @@ class ServerTensor:
         return cls(spec.name, TRITON_TYPES[spec.dtype], dims, ragged, optional)
 
 
+PROMPT_LOGPROB_OUTPUTS = tuple(
+    ServerTensor(name, TRITON_TYPES[dtype], dims)
+    for name, dtype, dims in (
+        (PROMPT_TOKENS, Dtype.INT64, (-1,)),
+        (PROMPT_TOKEN_LOGPROBS, Dtype.FLOAT32, (-1,)),
+        (PROMPT_RANKS, Dtype.INT64, (-1,)),
+        (PROMPT_TOP_LOGPROBS, Dtype.FLOAT32, (-1, -1)),
+        (PROMPT_TOP_TOKENS, Dtype.INT64, (-1, -1)),
+    )
+)
+"""The outputs of the parameter ``prompt_logprobs``."""
+
+
 @dataclass(frozen=True)
 class ServerTensors:
     """The tensors of the server's model.
@@ -109,6 +127,7 @@ def model_tensors(
     has_tokenizer: bool,
     streams: bool,
     optional: Collection[str] = (),
+    prompt_logprobs: bool = False,
 ) -> ServerTensors:
     """The tensors of an engine's model.
 
@@ -118,6 +137,7 @@ def model_tensors(
         has_tokenizer: whether requests may be texts, and the tokens of a schedule are text.
         streams: whether a request may have several responses.
         optional: the inputs that a request of some schedule leaves out.
+        prompt_logprobs: whether requests may ask for log-probabilities of their own tokens.
 
     Raises:
         ValueError: Triton has no type for a tensor.
@@ -130,6 +150,7 @@ def model_tensors(
             absent = spec.name in optional
             inputs += (ServerTensor.of(spec, optional=generates or absent, may_be_empty=absent),)
     outputs = tuple(ServerTensor.of(spec) for spec in program.outputs)
+    outputs += PROMPT_LOGPROB_OUTPUTS if prompt_logprobs else ()
     if generates:
         inputs += _text_inputs(has_tokenizer, ragged=True)
         outputs += _generation_outputs(has_tokenizer)

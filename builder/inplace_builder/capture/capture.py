@@ -49,6 +49,8 @@ class Capture:
             past them, whatever was captured.
         notes: what the build records of how it was captured.
         caveat: what may explain a difference from the reference; ends the error of one.
+        prompt_logprobs: of a language model, the program with log-probabilities of every fed token;
+            None without it.
     """
 
     exported: torch.export.ExportedProgram
@@ -64,6 +66,7 @@ class Capture:
     thresholds: frozenset[int] = frozenset()
     notes: Mapping[str, str] = field(default_factory=dict)
     caveat: str = ""
+    prompt_logprobs: "Capture | None" = None
 
 
 def capture_module(

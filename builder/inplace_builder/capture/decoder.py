@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from inplace.kernels.gumbel import MAX_LOGPROBS
+from inplace.schema.schedule import PROMPT_LOGPROBS
 from inplace.schema.served import Program
 from inplace.schema.specs import (
+    PROMPT_LOGPROB_ROLES,
     SAMPLING_OPTION_ROLES,
     SAMPLING_ROLES,
     Dtype,
@@ -54,6 +56,10 @@ INPUT_NAMES = (TOKEN_IDS, *(role.value for role in CONTROL_ROLES))
 """The names of the graph's inputs before its states."""
 
 
+PROMPT_INPUT_NAMES = (*INPUT_NAMES, Role.FOLLOWING_TOKENS.value)
+"""The same of the program with log-probabilities of every fed token."""
+
+
 LOGPROB_OUTPUTS = (
     TensorSpec(
         name=Role.TOKEN_LOGPROBS.value,
@@ -80,6 +86,40 @@ LOGPROB_OUTPUTS = (
 """The outputs of `inplace.operators.sample_with_options` besides the tokens, in its order."""
 
 
+def prompt_outputs(num_scores: int) -> tuple[TensorSpec, ...]:
+    """The outputs of `prompt_logprobs`, in its order."""
+    top = min(MAX_LOGPROBS, num_scores)
+    return tuple(
+        TensorSpec(name=role.value, role=role, dtype=dtype, shape=shape, on_request=True)
+        for role, dtype, shape in zip(
+            PROMPT_LOGPROB_ROLES,
+            (Dtype.FLOAT32, Dtype.INT64, Dtype.FLOAT32, Dtype.INT64),
+            ((-1,), (-1,), (-1, top), (-1, top)),
+            strict=True,
+        )
+    )
+
+
+def prompt_logprobs(scores: Tensor, following: Tensor) -> tuple[Tensor, ...]:
+    """The log-probabilities of the tokens behind fed ones, in float32.
+
+    Args:
+        scores: of each fed token, ``[tokens, scores]`` float32.
+        following: the token behind each, ``[tokens]``.
+
+    Returns:
+        Of each such token the log-probability ``[tokens]``, and the rank: 1 more than the number of
+        tokens with larger scores. The largest log-probabilities ``[tokens, top]``, and their
+        tokens.
+    """
+    shifted = scores - scores.amax(-1, keepdim=True)
+    log_sum = shifted.exp().sum(-1, keepdim=True).log()
+    chosen = shifted.gather(1, following.to(torch.int64).unsqueeze(1))
+    rank = (shifted > chosen).sum(-1) + 1
+    top = shifted.topk(min(MAX_LOGPROBS, scores.shape[1]))
+    return (chosen - log_sum).squeeze(1), rank, top.values - log_sum, top.indices
+
+
 def decoder_input(role: Role) -> TensorSpec:
     """The description of an input that the runtime fills, which is named like its role."""
     shapes = {Role.ADJUSTED_TOKENS: (MAX_ADJUSTED,), Role.ADJUSTMENTS: (3, MAX_ADJUSTED)}
@@ -99,6 +139,7 @@ class DecoderOptions:
         chunk: maximum number of tokens of one sequence in a step.
         max_tokens: maximum number of tokens of a step; None for as many as rows and chunk allow.
         min_capacity: the smallest capacity that may be chosen at load; None fixes it.
+        prompt_logprobs: capture a second program, with log-probabilities of every fed token.
     """
 
     capacity: int
@@ -106,6 +147,7 @@ class DecoderOptions:
     chunk: int
     max_tokens: int | None = None
     min_capacity: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         capacity = self.min_capacity or self.capacity
@@ -172,6 +214,22 @@ def decoder_program(
     )
 
 
+def prompt_program(step: Program, num_scores: int) -> Program:
+    """The description of the program with log-probabilities of every fed token.
+
+    Args:
+        step: the decoder's step.
+        num_scores: number of scores that it returns for a token.
+    """
+    return step.model_copy(
+        update={
+            "name": PROMPT_LOGPROBS,
+            "inputs": (*step.inputs, decoder_input(Role.FOLLOWING_TOKENS)),
+            "outputs": (*step.outputs, *prompt_outputs(num_scores)),
+        }
+    )
+
+
 @dataclass(frozen=True)
 class LayerCache:
     """The keys and values that a layer keeps.
@@ -230,6 +288,8 @@ def cache_states(
 class StepExamples:
     """Example arguments of a decoder's step, two rows of two tokens, and which extents vary.
 
+    With ``scores_prompt``, those of the program with log-probabilities of every fed token.
+
     The number of rows varies in the graph even if a batch has one row only: the runtime pads steps
     with null rows, verification steps more slots than a server may, and if row r is slot r, there
     are as many rows as slots in the arena.
@@ -237,6 +297,7 @@ class StepExamples:
 
     options: DecoderOptions
     states: tuple[StateSpec, ...]
+    scores_prompt: bool = False
 
     def inputs(self) -> tuple[Tensor, ...]:
         """Token ids and what the runtime fills."""
@@ -246,8 +307,7 @@ class StepExamples:
         """The same of one row with one token, at a position of slot 0."""
         return self._of_rows(torch.tensor([token]), 1, position)
 
-    @staticmethod
-    def _of_rows(ids: Tensor, rows: int, position: int) -> tuple[Tensor, ...]:
+    def _of_rows(self, ids: Tensor, rows: int, position: int) -> tuple[Tensor, ...]:
         """Inputs of rows with as many tokens each, from a position on."""
         tokens = len(ids) // rows
         offsets = torch.arange(0, len(ids) + 1, tokens, dtype=torch.int32)
@@ -262,6 +322,7 @@ class StepExamples:
                 torch.zeros((rows, *spec.shape), dtype=spec.dtype.as_torch)
                 for spec in map(decoder_input, SAMPLING_INPUTS)
             ),
+            *([torch.zeros_like(ids, dtype=torch.int32)] if self.scores_prompt else ()),
         )
 
     def memory(self) -> list[Tensor]:
@@ -279,7 +340,9 @@ class StepExamples:
         tokens = {0: Dim("tokens", min=min_tokens, max=max_tokens)}
         num_rows = Dim("rows", min=min_rows, max=max_rows)
         rows: Any = {0: num_rows}
-        return (tokens, tokens, {0: num_rows + 1}, rows, rows, rows, *[rows] * len(SAMPLING_INPUTS))
+        following = (tokens,) if self.scores_prompt else ()
+        sampling = [rows] * len(SAMPLING_INPUTS)
+        return (tokens, tokens, {0: num_rows + 1}, rows, rows, rows, *sampling, *following)
 
     def memory_shapes(self) -> list[dict[int, Any]]:
         """Which extents of `memory` vary."""

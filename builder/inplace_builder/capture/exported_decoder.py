@@ -78,8 +78,13 @@ def capture_exported_decoder(
     Raises:
         BuildError: torch.export cannot capture the module, or it is not proved that tokens of
             several sequences may be packed: an attention is not causal or windowed over its own
-            cache, an operator mixes tokens, or a state is no cache.
+            cache, an operator mixes tokens, or a state is no cache; or ``prompt_logprobs`` is set.
     """
+    if options.prompt_logprobs:
+        raise BuildError(
+            "prompt_logprobs needs the scores of every token, and this front-end captures those of "
+            "the last one: build a model of transformers, or leave prompt_logprobs out"
+        )
     # 1. Export the module and make it a function: what it mutates goes in and comes out.
     functional = lift_mutated_buffers(
         module, example_inputs, dynamic_shapes=dynamic_shapes, kwargs=kwargs

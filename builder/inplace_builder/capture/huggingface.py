@@ -32,6 +32,8 @@ from inplace_builder.capture.decoder import (
     StepExamples,
     cache_states,
     decoder_program,
+    prompt_logprobs,
+    prompt_program,
 )
 from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.capture.indexers import slot_indexers
@@ -145,13 +147,17 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         # 2. Export one step, with attention, caches and experts replaced by ours.
         rings = {layer: cache.is_ring(options) for layer, cache in caches.items()}
         step = DecoderStep(model, layers.by_layer, rings, call, layers.num_logits == 1)
-        examples = StepExamples(options, states)
-        exported, drops_branch = _export_step(step, examples)
-    if call.own_attention:
-        drop_dead_assertions(exported.graph)  # with the scores that attention took the place of
-    _check_layers(exported.graph, config, layers, type(model).__name__)
-    if drops_branch:
-        _check_one_token(model, exported, examples)
+        steps = [(step, StepExamples(options, states))]
+        if options.prompt_logprobs:
+            scoring = PromptStep(model, layers.by_layer, rings, call, step.selects_logits)
+            steps.append((scoring, StepExamples(options, states, scores_prompt=True)))
+        all_exported = [_export_step(*each) for each in steps]
+    for (exported, drops_branch), (_, examples) in zip(all_exported, steps, strict=True):
+        if call.own_attention:
+            drop_dead_assertions(exported.graph)  # with the scores that attention took the place of
+        _check_layers(exported.graph, config, layers, type(model).__name__)
+        if drops_branch:
+            _check_one_token(model, exported, examples)
     # 3. Clean the graph, check it against the description, read off what it writes.
     lookahead = any(layer.mask.lookahead for layer in layers.by_layer.values())
     if lookahead and getattr(config, "is_decoder", None) is False:
@@ -159,25 +165,39 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
             f"{type(model).__name__} is an encoder: is_decoder in its configuration is False, its "
             f"attention is not causal, and it caches nothing; set it if the weights are a decoder's"
         )
+    if lookahead and options.prompt_logprobs:
+        raise BuildError(
+            f"{type(model).__name__} lets tokens see later ones that are fed with them, so there "
+            f"are no log-probabilities given only those before: leave prompt_logprobs out"
+        )
     size = config.vocab_size
     program = decoder_program(size, size, options, lookahead=lookahead)
-    program, lowering = complete_program(exported, program, states)
     notes = _lookahead_note(options) if lookahead else {}
     if latents := describe_latents(expansions):
         notes["latents"] = latents
+    described = [program, prompt_program(program, size)]
+    completed = [
+        (exported, *complete_program(exported, each, states))
+        for (exported, _), each in zip(all_exported, described, strict=False)
+    ]
     # 4. The model itself is the reference.
-    return Capture(
-        exported=exported,
-        program=program,
-        states=states,
-        capacity=options.capacity,
-        dtype=Dtype.of(model.dtype),
-        lowering=lowering,
-        min_capacity=options.dynamic_min_capacity,
-        **references(model, as_fed=lookahead),
-        caveat=TIES if layers.index else "",
-        notes=notes,
-    )
+    fields = references(model, as_fed=lookahead)
+    captures = [
+        Capture(
+            exported=exported,
+            program=program,
+            states=states,
+            capacity=options.capacity,
+            dtype=Dtype.of(model.dtype),
+            lowering=lowering,
+            min_capacity=options.dynamic_min_capacity,
+            **fields,
+            caveat=TIES if layers.index else "",
+            notes=notes,
+        )
+        for exported, program, lowering in completed
+    ]
+    return replace(captures[0], prompt_logprobs=next(iter(captures[1:]), None))
 
 
 def _lookahead_note(options: DecoderOptions) -> dict[str, str]:
@@ -371,6 +391,12 @@ def _run(
         )
 
 
+_LayerGroups = tuple[
+    dict[int, Tensor], dict[int, Tensor], dict[int, Tensor], dict[str, Tensor], dict[str, Tensor]
+]
+"""Keys, values, keys of indexers, states of convolutions and recurrent states, by layer."""
+
+
 class DecoderStep(torch.nn.Module):
     """One step of a decoder over packed rows.
 
@@ -424,30 +450,15 @@ class DecoderStep(torch.nn.Module):
             The tokens ``[rows, 1]``, chosen by `sample_with_options`, float32 logits
             ``[rows, vocab_size]``, and the other outputs of `sample_with_options`.
         """
-        recurrent = {
-            f"{part}_{name}": state
-            for part, group in ((CONV, conv_states), (RECURRENT, recurrent_states))
-            for name, state in group.items()
-        }
-        states = LayerStates(
-            key_states,
-            value_states,
-            index_states,
-            recurrent,
-            slots,
-            row_offsets,
-            write_indices,
-            self.masks,
-            self.rings,
-            self.scores,
+        logits = self._logits(
+            input_ids,
+            positions,
+            last_tokens,
+            (slots, row_offsets, write_indices),
+            (key_states, value_states, index_states, conv_states, recurrent_states),
         )
-        cache = SlotCache(positions, self.num_layers, states, self.call.own_attention)
-        mask = self.call.with_mask
-        out = _run(self.model, input_ids, positions, cache, last_tokens, with_mask=mask)
-        logits = out.logits[0]
         if not self.selects_logits:  # the model ignores logits_to_keep
             logits = logits.index_select(0, last_tokens)
-        logits = logits.float()
         token, *logprobs = sample_with_options(
             logits,
             temperature,
@@ -462,6 +473,105 @@ class DecoderStep(torch.nn.Module):
             adjustments,
         )
         return token, logits, *logprobs
+
+    def _logits(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        logits_to_keep: Tensor | int,
+        rows: tuple[Tensor, Tensor, Tensor],
+        states: _LayerGroups,
+    ) -> Tensor:
+        """The float32 scores of the tokens that are kept, ``[kept, vocab_size]``.
+
+        Args:
+            input_ids, positions: of all tokens.
+            logits_to_keep: the indices of the tokens, or 0 for all; some models keep all always.
+            rows: slots, row offsets and write indices.
+            states: as `forward` takes them.
+        """
+        slots, row_offsets, write_indices = rows
+        key_states, value_states, index_states, conv_states, recurrent_states = states
+        recurrent = {
+            f"{part}_{name}": state
+            for part, group in ((CONV, conv_states), (RECURRENT, recurrent_states))
+            for name, state in group.items()
+        }
+        layer_states = LayerStates(
+            key_states,
+            value_states,
+            index_states,
+            recurrent,
+            slots,
+            row_offsets,
+            write_indices,
+            self.masks,
+            self.rings,
+            self.scores,
+        )
+        cache = SlotCache(positions, self.num_layers, layer_states, self.call.own_attention)
+        out = _run(
+            self.model, input_ids, positions, cache, logits_to_keep, with_mask=self.call.with_mask
+        )
+        logits: Tensor = out.logits[0]
+        return logits.float()
+
+
+class PromptStep(DecoderStep):
+    """The same step with log-probabilities of every fed token."""
+
+    def forward(  # type: ignore[override]  # it takes one more tensor
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        row_offsets: Tensor,
+        last_tokens: Tensor,
+        slots: Tensor,
+        write_indices: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        seed: Tensor,
+        next_positions: Tensor,
+        min_p: Tensor,
+        num_logprobs: Tensor,
+        num_adjusted: Tensor,
+        adjusted_tokens: Tensor,
+        adjustments: Tensor,
+        following_tokens: Tensor,
+        key_states: dict[int, Tensor],
+        value_states: dict[int, Tensor],
+        index_states: dict[int, Tensor],
+        conv_states: dict[str, Tensor],
+        recurrent_states: dict[str, Tensor],
+    ) -> tuple[Tensor, ...]:
+        """As `DecoderStep.forward`, with the token that follows each fed one, ``[tokens]``.
+
+        Returns:
+            What `DecoderStep.forward` returns, then what `prompt_logprobs` does.
+        """
+        every = self._logits(
+            input_ids,
+            positions,
+            0,
+            (slots, row_offsets, write_indices),
+            (key_states, value_states, index_states, conv_states, recurrent_states),
+        )
+        logits = every.index_select(0, last_tokens)
+        token, *logprobs = sample_with_options(
+            logits,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            next_positions,
+            min_p,
+            num_logprobs,
+            num_adjusted,
+            adjusted_tokens,
+            adjustments,
+        )
+        return token, logits, *logprobs, *prompt_logprobs(every, following_tokens)
 
 
 def _export_step(step: DecoderStep, examples: StepExamples) -> tuple[ExportedProgram, bool]:

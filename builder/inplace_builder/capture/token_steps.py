@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from inplace.operators import sample_with_options
+from inplace.schema.served import Program
 from inplace.schema.specs import Dtype, Role, StateSpec
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -25,12 +26,13 @@ from transformers import PreTrainedModel
 from inplace_builder.capture.capture import Capture, complete_program
 from inplace_builder.capture.checkpoint import quiet
 from inplace_builder.capture.decoder import (
-    INPUT_NAMES,
     SAMPLING_INPUTS,
     TOKEN_IDS,
     DecoderOptions,
     StepExamples,
     decoder_program,
+    prompt_logprobs,
+    prompt_program,
 )
 from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.capture.exported import capture_exported
@@ -102,27 +104,38 @@ def capture_token_steps(
     example = unused_primes(captured.graph_module)
     batched = rows.graph_over_rows(states, example)
     make_rows_dynamic(batched, example[0])
-    exported = _export(batched, options, states)
+    num_scores = rows.outputs[0].shape[-1]
+    described = [
+        decoder_program(model.config.get_text_config(decoder=True).vocab_size, num_scores, options)
+    ]
+    if options.prompt_logprobs:
+        described.append(prompt_program(described[0], num_scores))
+    all_exported = [_export(batched, options, states, each) for each in described]
     # 4. Clean the graph, check it against the description, read off what it writes.
-    config = model.config.get_text_config(decoder=True)
-    program = decoder_program(config.vocab_size, rows.outputs[0].shape[-1], options)
-    program, lowering = complete_program(exported, program, states)
+    completed = [
+        (exported, *complete_program(exported, program, states))
+        for exported, program in zip(all_exported, described, strict=True)
+    ]
     initial = {
         spec.name: state.bound_initial()[0]
         for spec, state in zip(states, captured.states, strict=True)
         if spec.initial is not None
     }
-    return Capture(
-        exported,
-        program,
-        states,
-        options.capacity,
-        Dtype.of(model.dtype),
-        lowering,
-        initial=initial,
-        **references,
-        notes={"capture": f"one token of each row a step, in the model's own code: {reason}"},
-    )
+    captures = [
+        Capture(
+            exported,
+            program,
+            states,
+            options.capacity,
+            Dtype.of(model.dtype),
+            lowering,
+            initial=initial,
+            **references,
+            notes={"capture": f"one token of each row a step, in the model's own code: {reason}"},
+        )
+        for exported, program, lowering in completed
+    ]
+    return replace(captures[0], prompt_logprobs=next(iter(captures[1:]), None))
 
 
 class SequenceStep(torch.nn.Module):
@@ -234,29 +247,35 @@ class _PackedStep(torch.nn.Module):
         self.body = InterpretedModule(body)
 
     def forward(self, inputs: dict[str, Tensor], states: list[Tensor]) -> tuple[Tensor, ...]:
-        """From `INPUT_NAMES` and states to each row's next token, scores and log-probabilities."""
+        """From the program's inputs and states to its outputs."""
         ids = inputs[TOKEN_IDS].index_select(0, inputs[Role.LAST_TOKENS]).unsqueeze(1)
         positions = inputs[Role.WRITE_INDICES].to(torch.int64)
         (logits,) = self.body(ids, positions, inputs[Role.SLOTS], *states)
         token, *logprobs = sample_with_options(logits, *(inputs[role] for role in SAMPLING_INPUTS))
-        return token, logits, *logprobs
+        if Role.FOLLOWING_TOKENS not in inputs:
+            return token, logits, *logprobs
+        following = inputs[Role.FOLLOWING_TOKENS].index_select(0, inputs[Role.LAST_TOKENS])
+        return token, logits, *logprobs, *prompt_logprobs(logits, following)
 
 
 def _export(
-    batched: GraphModule, options: DecoderOptions, states: tuple[StateSpec, ...]
+    batched: GraphModule, options: DecoderOptions, states: tuple[StateSpec, ...], program: Program
 ) -> ExportedProgram:
-    """Export the graph over rows, with packed inputs."""
+    """Export the graph over rows as a program, with packed inputs."""
+    names = [spec.name for spec in program.inputs]
+    scores_prompt = Role.FOLLOWING_TOKENS in names
     # from 2 rows: torch's own bookkeeping of strides tells 1 apart, which changes no operator
-    examples = StepExamples(replace(options, max_rows=max(3, options.max_rows)), states)
-    input_shapes = dict(zip(INPUT_NAMES, examples.input_shapes(min_rows=2), strict=True))
+    sizes = replace(options, max_rows=max(3, options.max_rows))
+    examples = StepExamples(sizes, states, scores_prompt)
+    input_shapes = dict(zip(names, examples.input_shapes(min_rows=2), strict=True))
     shapes = (input_shapes, examples.memory_shapes())
-    arguments = (dict(zip(INPUT_NAMES, examples.inputs(), strict=True)), examples.memory())
+    arguments = (dict(zip(names, examples.inputs(), strict=True)), examples.memory())
     try:
         with torch.no_grad(), correct_lstm(), size_oblivious(), named_extents():
             exported = torch.export.export(_PackedStep(batched), arguments, dynamic_shapes=shapes)
     except Exception as error:
         raise BuildError(f"torch.export cannot make rows of the model: {brief(error)}") from error
-    rename_inputs(exported, [*INPUT_NAMES, *(spec.name for spec in states)])
+    rename_inputs(exported, [*names, *(spec.name for spec in states)])
     slots = placeholders_by_name(exported.graph)[Role.SLOTS.value]
     symbol = value(slots).shape[0].node.expr
     exported.range_constraints[symbol] = ValueRanges(1, max(2, options.max_rows))

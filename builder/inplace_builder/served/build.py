@@ -66,7 +66,7 @@ def write_engine(
     """
     output = Path(output)
     check_output(output, options)
-    captures = (capture,) if isinstance(capture, Capture) else capture.captures
+    captures = _captures(capture)
     max_rows = max(each.program.max_rows for each in captures)
     if max_rows > options.slots:
         raise BuildError(
@@ -100,6 +100,14 @@ def write_engine(
     if not generates:
         remove_proxy(output)
     return manifest
+
+
+def _captures(capture: "Capture | ProgramsCapture") -> tuple[Capture, ...]:
+    """The programs of an engine."""
+    if not isinstance(capture, Capture):
+        return capture.captures
+    prompt = capture.prompt_logprobs
+    return (capture,) if prompt is None else (capture, prompt)
 
 
 def _verified(folder: Path, manifest: Manifest, capture: "Capture | ProgramsCapture") -> Manifest:

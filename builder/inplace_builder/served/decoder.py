@@ -65,7 +65,12 @@ def decoder_options(options: BuildOptions) -> DecoderOptions:
     chunk = min(options.chunk, options.min_capacity or options.capacity)
     max_tokens = min(options.max_tokens, options.max_rows * chunk)
     return DecoderOptions(
-        options.capacity, options.max_rows, chunk, max_tokens, options.min_capacity
+        options.capacity,
+        options.max_rows,
+        chunk,
+        max_tokens,
+        options.min_capacity,
+        options.prompt_logprobs,
     )
 
 

@@ -151,6 +151,7 @@ def model_config(
             has_tokenizer=manifest.has_file(TOKENIZER_NAME),
             streams=stream,
             optional=manifest.optional_inputs,
+            prompt_logprobs=manifest.prompt_program is not None,
         )
     except ValueError as error:
         raise BuildError(str(error)) from error

@@ -49,6 +49,8 @@ class BuildOptions:
         strict: never copy a state (TensorRT).
         lookahead: of a streaming speech model: how many encoded frames a frame sees ahead of it;
             None for the model's default.
+        prompt_logprobs: of a language model: a second program that computes log-probabilities of
+            every token that a request feeds, for requests that ask for them.
         compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT
             for RTX); such an engine is not verified.
 
@@ -73,6 +75,7 @@ class BuildOptions:
     compute_capability: str | None = None
     min_capacity: int | None = None
     lookahead: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         self._check_sizes()

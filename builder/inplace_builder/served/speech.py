@@ -72,8 +72,8 @@ SPEECH_MODELS: Mapping[str, Callable[[Path, PretrainedConfig, BuildOptions], Spe
 """How `build_speech_model` builds models, by their type."""
 
 
-TOKEN_SIZES = ("capacity", "min_capacity", "chunk", "step_tokens")
-"""Options that are sizes of sequences of tokens."""
+TOKEN_OPTIONS = ("capacity", "min_capacity", "chunk", "step_tokens", "prompt_logprobs")
+"""Options of models whose requests are tokens."""
 
 
 def build_speech_model(
@@ -87,7 +87,7 @@ def build_speech_model(
     Args:
         source: a folder with its weights, or its id in the cache of ``hf download``.
         output: the folder to write; its name is the model's.
-        options: what to build for; `TOKEN_SIZES` keep their defaults.
+        options: what to build for; `TOKEN_OPTIONS` keep their defaults.
         stage: called with the name of each stage as it begins.
 
     Raises:
@@ -100,10 +100,12 @@ def build_speech_model(
     config = read_config(source, files)
     if files.adapter is not None:
         raise BuildError(f"{source} has an adapter, which cannot be merged into a speech model")
-    sizes = [name for name in TOKEN_SIZES if getattr(options, name) != getattr(BuildOptions, name)]
-    if sizes:
+    given = [
+        name for name in TOKEN_OPTIONS if getattr(options, name) != getattr(BuildOptions, name)
+    ]
+    if given:
         raise BuildError(
-            f"the options {sizes} are for sequences of tokens; the sizes of a speech model are "
+            f"the options {given} are for sequences of tokens; the sizes of a speech model are "
             f"those of its configuration: leave them out"
         )
     check_quantization(config, source)

@@ -6,18 +6,28 @@ engine claims that it needs no reset.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from inplace.operators import sample, sample_with_options
 from inplace.parameters import Parameter
-from inplace.protocol import LOGIT_BIAS, LOGPROBS
+from inplace.protocol import (
+    LOGIT_BIAS,
+    LOGPROBS,
+    PROMPT_LOGPROBS,
+    PROMPT_RANKS,
+    PROMPT_TOKEN_LOGPROBS,
+    PROMPT_TOP_LOGPROBS,
+    PROMPT_TOP_TOKENS,
+)
 from inplace.runtime.batcher import ActiveRequest, sampling_values
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import load_engine, make_arena
 from inplace.runtime.requests import Request
 from inplace.schema.files import EngineFolder
+from inplace.schema.schedule import PROMPT_LOGPROBS as PROMPT_PROGRAM
 from inplace.schema.schedule import STEP
 from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import (
@@ -80,6 +90,10 @@ UNLIMITED = 1 << 30
 """Stands for the capacity of an engine that keeps no growing state."""
 
 
+VERIFIED_TOP = 5
+"""Most likely tokens that are compared in the place of a fed one."""
+
+
 COMPARED_ROUNDS = 4
 """Rounds at the start and at the end whose outputs are compared."""
 
@@ -100,23 +114,39 @@ def verify(folder: Path, manifest: Manifest, capture: Capture) -> dict[str, str]
     if manifest.min_capacity is not None and manifest.min_capacity != manifest.capacity:
         chosen.insert(0, manifest.at_capacity(manifest.min_capacity))
     error = max(_verify_at_capacity(folder, each, capture) for each in chosen)
+    if manifest.prompt_program is not None:
+        error = max(error, _verify_at_capacity(folder, manifest, capture, scores_prompt=True))
     return {"verified_error": f"{error:.1e}"}
 
 
-def _verify_at_capacity(folder: Path, manifest: Manifest, capture: Capture) -> float:
-    """The largest relative error of an output."""
-    files = EngineFolder(folder)
+def _verify_at_capacity(
+    folder: Path, manifest: Manifest, capture: Capture, *, scores_prompt: bool = False
+) -> float:
+    """The largest relative error of an output.
+
+    Args:
+        folder: the engine.
+        manifest: its manifest, with the capacity.
+        capture: the captured model.
+        scores_prompt: ask for log-probabilities of fed tokens, so that the program for that runs.
+    """
+    files, prompt_engine = EngineFolder(folder), None
     with load_errors():
         arena = make_arena(files, manifest, NUM_SEQUENCES + SPARE_SLOTS)
         engine = load_engine(files, manifest, arena)
-    instance = ModelInstance(manifest, arena, engine, idle_timeout=float("inf"))
+        if scores_prompt:
+            prompt_engine = load_engine(files, manifest, arena, PROMPT_PROGRAM)
+    instance = ModelInstance(
+        manifest, arena, engine, idle_timeout=float("inf"), prompt_engine=prompt_engine
+    )
     for tensor in arena.tensors.values():
         fill_with_sentinel(tensor)
     addresses = arena.addresses()
     max_rows = instance.program.max_rows
     comparison = _OutputComparison(capture, manifest)
     capacity = manifest.capacity if manifest.capacity is not None else UNLIMITED
-    for requests, is_compared in _rounds(manifest, positions_to_verify(capture, capacity)):
+    reach = 0 if scores_prompt else positions_to_verify(capture, capacity)
+    for requests, is_compared in _rounds(manifest, reach, scores_prompt=scores_prompt):
         active = [instance.admit(request) for request in requests]
         num_steps = 0
         while unfinished := [request for request in active if not request.finished]:
@@ -136,7 +166,9 @@ def _verify_at_capacity(folder: Path, manifest: Manifest, capture: Capture) -> f
     return comparison.max_error
 
 
-def _rounds(manifest: Manifest, reach: int) -> Iterator[tuple[list[Request], bool]]:
+def _rounds(
+    manifest: Manifest, reach: int, *, scores_prompt: bool = False
+) -> Iterator[tuple[list[Request], bool]]:
     """Requests that arrive together, and whether their outputs are compared.
 
     The third sequence joins late, lengths and positions differ in every step, and the first
@@ -163,6 +195,8 @@ def _rounds(manifest: Manifest, reach: int) -> Iterator[tuple[list[Request], boo
             sampling = dict(SAMPLING[sequence] if program.vocab_size else {})
             if program.max_adjusted:
                 sampling |= OPTIONS[sequence]
+            if scores_prompt:
+                sampling[PROMPT_LOGPROBS] = min(VERIFIED_TOP, program.vocab_size)
             requests.append(
                 Request(
                     sequence + 1,
@@ -320,9 +354,66 @@ class _OutputComparison:
                 if not same_bits(output, expected):
                     raise rejected(f"{where} is {output.tolist()}, expected {expected.tolist()}")
             elif output.dtype.is_floating_point:
-                self._check_close(where, output, expected, spec.name, history)
+                exact = partial(self._in_float32, history, spec.name)
+                self._check_close(where, output, expected, exact)
             elif not torch.equal(output, expected):
                 raise rejected(f"{where} is {output.tolist()}, expected {expected.tolist()}")
+
+        if request.prompt_logprobs is not None:
+            self._compare_prompt(request, history)
+
+    def _compare_prompt(
+        self, request: ActiveRequest, history: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Compare the log-probabilities of some tokens of a request: beside chunks, and the last.
+
+        Raises:
+            BuildError: one differs.
+        """
+        [name] = (spec.name for spec in self._inputs if spec.role is Role.TOKENS)
+        tokens, chunk = history[-1][name], self._program.chunk
+        places = {1, chunk, chunk + 1, len(tokens) - 1} & set(range(1, len(tokens)))
+        outputs = {key: value[0] for key, value in request.prompt_outputs.items()}
+        for place in sorted(places):
+            before = [*history[:-1], {name: tokens[:place]}]
+            self._compare_place(
+                before, tokens[place], {key: value[place] for key, value in outputs.items()}
+            )
+
+    def _compare_place(
+        self, before: Sequence[Mapping[str, Tensor]], token: Tensor, outputs: Mapping[str, Tensor]
+    ) -> None:
+        """Compare the log-probabilities of a token.
+
+        Args:
+            before: the requests of its sequence with the tokens before it.
+            token: the token.
+            outputs: what the engine says of it.
+
+        Raises:
+            BuildError: one differs.
+        """
+        assert self._sampled is not None
+        name, likely = self._sampled.sampled_from or "", outputs[PROMPT_TOP_TOKENS]
+        where = f"the log-probability of a token of a prompt, {int(token)},"
+        top = outputs[PROMPT_TOP_LOGPROBS]
+        output = torch.cat([outputs[PROMPT_TOKEN_LOGPROBS][None], top, top])
+        logits = self._capture.reference(before)[name].float()
+        self._check_close(
+            where,
+            output,
+            _log_probabilities(logits, token, likely),
+            lambda: _log_probabilities(self._in_float32(before, name), token, likely),
+        )
+        self._check_rank(where, int(outputs[PROMPT_RANKS]), logits, int(token))
+
+    def _check_rank(self, where: str, rank: int, logits: Tensor, token: int) -> None:
+        """Compare a rank, which may differ where scores are equal but for rounding."""
+        margin = 2 * self._tolerance * float(logits.abs().max())
+        low = int((logits > logits[token] + margin).sum()) + 1
+        high = int((logits >= logits[token] - margin).sum())
+        if not low <= rank <= high:
+            raise rejected(f"{where} has the rank {rank}, expected {low} to {high}")
 
     def _sampled_outputs(self, request: ActiveRequest) -> dict[str, Tensor]:
         """What the sampling operator returns on the CPU for the engine's own scores, by output."""
@@ -350,8 +441,7 @@ class _OutputComparison:
         where: str,
         output: Tensor,
         expected: Tensor,
-        name: str,
-        history: Sequence[Mapping[str, Tensor]],
+        in_float32: Callable[[], Tensor],
     ) -> None:
         error = relative_error(output, expected)
         self.max_error = max(self.max_error, error)
@@ -361,7 +451,7 @@ class _OutputComparison:
         text += self._capture.caveat
         if self._capture.float32_reference is None:
             raise rejected(text)
-        exact = self._in_float32(history)[name]
+        exact = in_float32()
         own_error, model_error = relative_error(output, exact), relative_error(expected, exact)
         if not own_error <= MAX_ROUNDING_RATIO * model_error:
             raise rejected(
@@ -369,8 +459,14 @@ class _OutputComparison:
                 f"rounding makes {model_error:.1e}"
             )
 
-    def _in_float32(self, history: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    def _in_float32(self, history: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
         if self._float32_reference is None:
             assert self._capture.float32_reference is not None
             self._float32_reference = self._capture.float32_reference()
-        return self._float32_reference(history)
+        return self._float32_reference(history)[name]
+
+
+def _log_probabilities(logits: Tensor, token: Tensor, likely: Tensor) -> Tensor:
+    """Those of a token, of tokens that should be the most likely ones, and of those that are."""
+    logprobs = logits.float().log_softmax(-1)
+    return torch.cat([logprobs[token][None], logprobs[likely], logprobs.topk(len(likely)).values])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from inplace.drivers.step_driver import StepDriver
 from inplace.engines.arena import Arena
 from inplace.errors import LoadError
 from inplace.runtime.instance import ModelInstance
@@ -95,6 +96,41 @@ def test_decoders_with_sinks_give_the_tokens_of_transformers(
     prompts = [random_prompt(1, 41), random_prompt(2, 3), random_prompt(3, 17)]
     expected = [generate(model, prompt, 20) for prompt in prompts]
     assert generate_together(opened(tmp_path / "out"), prompts, 20) == expected
+
+
+@pytest.mark.parametrize("kind", ["tensorrt", "torch"])
+def test_log_probabilities_of_prompts_are_those_of_transformers(
+    llama_folder: Path, tmp_path: Path, kind: Any
+) -> None:
+    """Ragged rows of several chunks, in one batch with a row that does not ask."""
+    build_decoder(llama_folder, tmp_path / "out", options(engine=kind, prompt_logprobs=True))
+    model = tiny_llama(tmp_path / "again")
+    driver = StepDriver(ModelInstance.open(tmp_path / "out" / MODEL_VERSION))
+    prompts = [random_prompt(1, 21), random_prompt(2, 5), random_prompt(3, 8)]
+    asked = [{"prompt_logprobs": 3}, {}, {"prompt_logprobs": 0}]
+    try:
+        answers = driver.run(
+            [
+                Request(row, True, False, {"input_ids": torch.tensor([ids])}, parameters=parameters)
+                for row, (ids, parameters) in enumerate(zip(prompts, asked, strict=True), 1)
+            ]
+        )
+    finally:
+        driver.close()
+    for ids, parameters, answer in zip(prompts, asked, answers, strict=True):
+        assert isinstance(answer, dict), answer
+        assert answer["next_token"].tolist() == [greedy(model, ids, 1)]
+        assert ("prompt_ranks" in answer) == bool(parameters)
+        if not parameters:
+            continue
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(ids)[1:, None])
+        got = answer["prompt_token_logprobs"][0, 1:, None]
+        assert torch.allclose(got, expected, rtol=0, atol=1e-4)
+        assert torch.equal(answer["prompt_ranks"][0, 1:], (logprobs > expected).sum(1) + 1)
+        if parameters["prompt_logprobs"]:
+            assert torch.equal(answer["prompt_top_tokens"][0, 1:], logprobs.topk(3).indices)
 
 
 def test_states_keep_their_addresses_and_other_slots_their_bytes(engine: Path) -> None:

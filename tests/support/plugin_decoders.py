@@ -1,6 +1,7 @@
 """Decoders as networks with plugins, interpreted on the CPU: ragged rows beside a null row."""
 
 import torch
+from inplace.runtime.prompt import TOKEN_OUTPUTS
 from inplace.trt import TensorRT
 from inplace_builder import Capture
 from inplace_builder.fusion.fuse import bindable_weights, fuse
@@ -72,6 +73,9 @@ class TwoSequences:
             "last_tokens": offsets[1:] - 1,
             "slots": torch.tensor([SLOTS[0], -1, SLOTS[1]], dtype=torch.int32),
             "write_indices": torch.tensor(starts, dtype=torch.int32),
+            "following_tokens": torch.cat(
+                [torch.tensor([*part[1:], 0], dtype=torch.int32) for part in parts]
+            ),
             **greedy_rows(3),
             **self._memory,
             **self.network.bound_weights,
@@ -83,4 +87,12 @@ class TwoSequences:
         assert all(state[others].isnan().all() for state in self._memory.values())
         self.lengths = [self.lengths[0] + len(first), self.lengths[1] + len(second)]
         names = set(outputs) - set(self.network.state_outputs.values())
-        return [{name: outputs[name][row] for name in names} for row in (0, 2)]
+        return [
+            {
+                name: outputs[name][offsets[row] : offsets[row + 1]]
+                if name in TOKEN_OUTPUTS
+                else outputs[name][row]
+                for name in names
+            }
+            for row in (0, 2)
+        ]

@@ -8,11 +8,12 @@ from inplace.engines.tensorrt.steps import (
     StepSize,
     decode_sizes,
     mixed_sizes,
+    output_shape,
     smallest_fit,
 )
 from inplace.schema.served import Program
 from inplace.schema.specs import Dtype, Role, TensorSpec
-from inplace_builder.capture.decoder import DecoderOptions, decoder_program
+from inplace_builder.capture.decoder import DecoderOptions, decoder_program, prompt_program
 from torch import Tensor
 
 CONTROLS = {
@@ -172,3 +173,18 @@ def test_adjustments_are_uploaded_for_rows_that_have_them_and_only_after_a_chang
     assert not any(tensor.any() for tensor in buffers.tensors(4).values())
     buffers.upload(inputs(3, 8))
     assert all(bool((tensor == 8).all()) for tensor in buffers.tensors(2).values())
+
+
+def test_each_fed_token_has_its_entry_in_the_program_with_log_probabilities() -> None:
+    step = decoder_program(99, 99, DecoderOptions(capacity=64, max_rows=4, chunk=8))
+    program, size = prompt_program(step, 99), StepSize(5, 16)
+    shapes = {spec.name: output_shape(spec, size) for spec in program.outputs}
+    assert shapes["next_token"] == (5, 1)
+    assert shapes["logits"] == (5, 99)
+    assert shapes["prompt_ranks"] == shapes["prompt_token_logprobs"] == (16,)
+    assert shapes["prompt_top_tokens"] == shapes["prompt_top_logprobs"] == (16, 20)
+    buffers = InputBuffers(program, size, torch.device("cpu"))
+    assert buffers.tensors["following_tokens"].shape == (16,)
+    buffers.fill({"following_tokens": torch.tensor([7, 0, 9], dtype=torch.int32)})
+    buffers.upload()
+    assert buffers.tensors["following_tokens"].tolist() == [7, 0, 9] + [0] * 13

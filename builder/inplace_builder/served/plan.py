@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from inplace.engines.tensorrt.steps import decode_sizes, mixed_sizes
 from inplace.schema.artifacts import Profile
 from inplace.schema.served import Program
-from inplace.schema.specs import AliasKind, Role, StateSpec, Update
+from inplace.schema.specs import PACKED_ROLES, AliasKind, Role, StateSpec, Update
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.fusion.fuse import bindable_weights, fuse, without_sampling
@@ -136,7 +136,7 @@ def _ranges(program: Program, capture: Capture, profile: Profile, slots: int) ->
         opt_tokens = min(opt_tokens, slots) if decodes else opt_tokens
     ranges: dict[str, Range] = {}
     for spec in program.inputs:
-        is_packed = spec.role in (Role.TOKENS, Role.POSITIONS)
+        is_packed = spec.role in PACKED_ROLES
         low, high = profile.tokens if is_packed else profile.rows
         opt = opt_tokens if is_packed else opt_rows
         rest = spec.shape[1:] if spec.role is Role.TOKENS else spec.shape

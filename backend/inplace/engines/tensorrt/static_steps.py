@@ -14,7 +14,6 @@ from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
 from inplace.engines.tensorrt.plan import ExecutionContexts
 from inplace.engines.tensorrt.steps import (
-    PACKED_ROLES,
     InputBuffers,
     StepSize,
     first_step,
@@ -22,7 +21,7 @@ from inplace.engines.tensorrt.steps import (
     timed,
 )
 from inplace.schema.served import Program
-from inplace.schema.specs import Role
+from inplace.schema.specs import PACKED_ROLES, Role
 
 
 class StaticSlotSteps:

@@ -21,7 +21,13 @@ from inplace.engines.base import Finish
 from inplace.engines.tensorrt.plan import ExecutionContexts
 from inplace.errors import LoadError
 from inplace.schema.served import CompiledProgram, Program
-from inplace.schema.specs import CLIENT_ROLES, Role, TensorSpec
+from inplace.schema.specs import (
+    CLIENT_ROLES,
+    PACKED_ROLES,
+    PROMPT_LOGPROB_ROLES,
+    Role,
+    TensorSpec,
+)
 
 DECODE_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows of captured decode steps; a step is padded to the next."""
@@ -37,10 +43,6 @@ ALIGNMENT = 256
 
 ADJUSTMENT_ROLES = (Role.ADJUSTED_TOKENS, Role.ADJUSTMENTS)
 """Roles of inputs that lie in `AdjustmentBuffers`."""
-
-
-PACKED_ROLES = (Role.TOKENS, Role.POSITIONS)
-"""Roles of inputs with an entry for each token."""
 
 
 def on_stream(stream: torch.cuda.Stream) -> AbstractContextManager[object]:
@@ -116,6 +118,13 @@ def smallest_fit(sizes: list[StepSize], step: StepSize) -> StepSize | None:
     return None
 
 
+def output_shape(spec: TensorSpec, size: StepSize) -> tuple[int, ...]:
+    """The shape of an output in steps of a size: of its rows, or of its tokens."""
+    if spec.role in PROMPT_LOGPROB_ROLES:
+        return (size.tokens, *spec.shape[1:])
+    return (size.rows, *spec.shape)
+
+
 class InputBuffers:
     """The inputs of one captured size.
 
@@ -153,7 +162,7 @@ class InputBuffers:
         match spec.role:
             case Role.TOKENS:
                 return (self._size.tokens, *spec.shape[1:])
-            case Role.POSITIONS:
+            case role if role in PACKED_ROLES:
                 return (self._size.tokens,)
             case Role.ROW_OFFSETS:
                 return (self._size.rows + 1,)
@@ -334,13 +343,18 @@ class DynamicSlotSteps:
     ) -> None:
         self._program, self._arena, self._contexts, self._graphs = program, arena, contexts, graphs
         self._sizes = decode_sizes(program) + mixed_sizes(program)
-        max_rows = max(size.rows for size in self._sizes)
-        self._adjustments = AdjustmentBuffers(program, max_rows, contexts.stream.device)
+        largest = StepSize(
+            max(size.rows for size in self._sizes), max(size.tokens for size in self._sizes)
+        )
+        self._adjustments = AdjustmentBuffers(program, largest.rows, contexts.stream.device)
         self._outputs = {
             spec.name: torch.empty(
-                (max_rows, *spec.shape), dtype=spec.dtype.as_torch, device="cuda"
+                output_shape(spec, largest), dtype=spec.dtype.as_torch, device="cuda"
             )
             for spec in program.outputs
+        }
+        self._per_token = {
+            spec.name for spec in program.outputs if spec.role in PROMPT_LOGPROB_ROLES
         }
         self._downloaded = [spec.name for spec in program.outputs if not spec.on_request]
         self._host = {
@@ -401,11 +415,11 @@ class DynamicSlotSteps:
         Raises:
             RuntimeError: no captured size fits, or TensorRT or a plugin failed.
         """
-        rows, captured = self._fill(inputs)
+        step, captured = self._fill(inputs)
         with self.on_stream():
             self._adjustments.upload(inputs)
             self._replay(captured)
-        return partial(self._finish, rows, requested)
+        return partial(self._finish, step, requested)
 
     def launch_repeated(
         self, inputs: Mapping[str, Tensor], requested: Collection[str], count: int
@@ -418,17 +432,18 @@ class DynamicSlotSteps:
         Raises:
             RuntimeError: as `launch`.
         """
-        rows, captured = self._fill(inputs)
+        step, captured = self._fill(inputs)
         kept = {name: self._repeated_memory(name, count) for name in requested}
         with self.on_stream():
             for index in range(count):
                 self._replay(captured)
                 for name, memory in kept.items():
-                    memory[index, :rows].copy_(self._outputs[name][:rows], non_blocking=True)
-        return partial(self._finish_repeated, rows, kept)
+                    copied = self._outputs[name][: step.rows]
+                    memory[index, : step.rows].copy_(copied, non_blocking=True)
+        return partial(self._finish_repeated, step.rows, kept)
 
-    def _fill(self, inputs: Mapping[str, Tensor]) -> tuple[int, CapturedStep]:
-        """How many rows a step has, and the captured size that it was written to."""
+    def _fill(self, inputs: Mapping[str, Tensor]) -> tuple[StepSize, CapturedStep]:
+        """The size of a step, and the captured one that it was written to."""
         step = step_size(self._program, inputs)
         size = smallest_fit(self._sizes, step)
         if size is None:
@@ -438,7 +453,7 @@ class DynamicSlotSteps:
             )
         captured = self._captured[size]
         captured.inputs.fill(inputs)
-        return step.rows, captured
+        return step, captured
 
     def _repeated_memory(self, name: str, count: int) -> Tensor:
         """Pinned memory for an output of so many steps, ``[count, rows, ...]``."""
@@ -460,16 +475,25 @@ class DynamicSlotSteps:
         return {name: memory[:, :rows].clone() for name, memory in kept.items()}
 
     def _finish(
-        self, rows: int, requested: Collection[str], while_waiting: AbstractContextManager[object]
+        self,
+        step: StepSize,
+        requested: Collection[str],
+        while_waiting: AbstractContextManager[object],
     ) -> dict[str, Tensor]:
         with while_waiting:
             self._contexts.stream.synchronize()
         on_request = {
-            name: self._outputs[name][:rows].cpu() for name in requested if name not in self._host
+            name: self._outputs[name][: self._entries(name, step)].cpu()
+            for name in requested
+            if name not in self._host
         }
         return on_request | {
-            name: self._host_copy(name, rows) for name in self._downloaded if name in requested
+            name: self._host_copy(name, step.rows) for name in self._downloaded if name in requested
         }
+
+    def _entries(self, name: str, step: StepSize) -> int:
+        """How many entries an output has in a step."""
+        return step.tokens if name in self._per_token else step.rows
 
     def _host_copy(self, name: str, rows: int) -> Tensor:
         """A copy of a downloaded output, which the next step overwrites."""
@@ -499,7 +523,9 @@ class DynamicSlotSteps:
 
     def _enqueue(self, size: StepSize, inputs: InputBuffers) -> None:
         inputs.upload()
-        outputs = {name: tensor[: size.rows] for name, tensor in self._outputs.items()}
+        outputs = {
+            name: tensor[: self._entries(name, size)] for name, tensor in self._outputs.items()
+        }
         self._contexts.enqueue(
             size.rows,
             size.tokens,

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from inplace import __version__
@@ -19,6 +19,10 @@ from rich.text import Text
 
 from inplace_builder.choices import Device, EngineChoice, Mechanism, Precision, Protocol
 from inplace_builder.errors import BuildError
+
+if TYPE_CHECKING:
+    from inplace_builder.tools.one_command import FrontProcess
+    from inplace_builder.tools.tritonserver import TritonServer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -245,10 +249,41 @@ def inspect(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    model_repository: Annotated[Path, typer.Option(help="The model repository.")] = Path(
-        "model_repository"
-    ),
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="What `inplace build` takes: built into the cache, if it is not there yet, and "
+            "served with the OpenAI front end. Default: serve a model repository."
+        ),
+    ] = None,
+    model_repository: Annotated[
+        Path, typer.Option(help="The model repository, without MODEL.")
+    ] = Path("model_repository"),
+    openai: Annotated[
+        bool | None,
+        typer.Option(
+            help="Start the OpenAI front end beside the server; default: with MODEL.",
+            show_default=False,
+        ),
+    ] = None,
+    openai_host: Annotated[
+        str, typer.Option(help="Address of the front end; without --keys a loopback address.")
+    ] = "127.0.0.1",
+    openai_port: Annotated[int, typer.Option(help="Port of the front end.")] = 9000,
+    keys: Annotated[
+        Path | None, typer.Option(help="File of API keys, see `inplace openai-key`.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of built models; default: ~/.cache/inplace/models."),
+    ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="Element type of MODEL; default: float32 on a CPU, bfloat16 on a GPU."),
+    ] = None,
+    capacity: Annotated[int, typer.Option(help="Positions that a sequence of MODEL holds.")] = 2048,
+    slots: Annotated[int, typer.Option(help="Sequences of MODEL that live at the same time.")] = 8,
+    host: Annotated[str, typer.Option(help="Address that tritonserver listens on.")] = "127.0.0.1",
     grpc_port: Annotated[
         int, typer.Option(help="Port of the gRPC endpoint; 0 chooses a free one.")
     ] = 8001,
@@ -272,11 +307,18 @@ def serve(
         float, typer.Option(help="Seconds within which the server must be ready.")
     ] = 300.0,
 ) -> None:
-    """Serve a model repository with tritonserver until interrupted.
+    """Serve a model, or a model repository, with tritonserver until interrupted.
 
     Further arguments are passed to tritonserver.
     """
+    arguments = list(context.args)
+    if model is not None and model.startswith("-"):  # an option of tritonserver
+        arguments, model = [model, *arguments], None
+    if model is not None:
+        with _errors("serve", "builder"):
+            model_repository = _built(Path(model), cache, dtype, capacity, slots)
     with _errors("serve", "server"):
+        from inplace_builder.tools.one_command import FrontOptions, FrontProcess
         from inplace_builder.tools.tritonserver import Ports, TritonServer
 
         server = TritonServer(
@@ -284,12 +326,14 @@ def serve(
             Ports(grpc=grpc_port, http=http_port, metrics=metrics_port),
             host,
             log=log_file,
-            arguments=context.args,
+            arguments=arguments,
             trust_models=trust_models,
             start_timeout=start_timeout,
         )
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt), server:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+            stack.enter_context(server)
             http, metrics = server.ports.http, server.ports.metrics
             console.print(
                 f"serving {model_repository}: gRPC {server.grpc_url}, HTTP {host}:{http}, "
@@ -298,19 +342,137 @@ def serve(
             )
             for name, reason in server.failed_models().items():
                 console.print(f"model {name} could not be loaded: {reason}", soft_wrap=True)
-            assert server.process is not None
-            try:
-                raise SystemExit(server.process.wait())
-            except KeyboardInterrupt:
-                console.print(
-                    f"stopping: running requests may finish for {server.exit_timeout:g} s; "
-                    "interrupt again to end them",
-                    soft_wrap=True,
-                )
-                try:
-                    server.stop()
-                except KeyboardInterrupt:
-                    server.stop(timeout=0)
+            front = None
+            if openai if openai is not None else model is not None:
+                options = FrontOptions(openai_host, openai_port, keys)
+                front = FrontProcess(options, server.grpc_url, model_repository)
+                stack.enter_context(front)
+                console.print(f"OpenAI's protocol: {options.url}/v1", soft_wrap=True)
+            _wait(server, front)
+
+
+def _built(
+    model: Path, cache: Path | None, dtype: Precision | None, capacity: int, slots: int
+) -> Path:
+    """The model repository with a model, built if it is not in the cache yet."""
+    from inplace.schema.specs import Dtype
+
+    from inplace_builder.served.choose import first_engine
+    from inplace_builder.served.options import BuildOptions
+    from inplace_builder.tools.one_command import build_cached, default_cache
+
+    engine = first_engine(None)
+    on_gpu = engine != "torch"
+    options = BuildOptions(
+        dtype=Dtype(dtype or ("bfloat16" if on_gpu else "float32")),
+        device="cuda" if on_gpu else "cpu",
+        engine=engine,
+        capacity=capacity,
+        slots=slots,
+        max_rows=min(slots, 8),
+        serve="stream",
+    )
+    with _stages() as stage:
+        folder = build_cached(
+            model,
+            cache or default_cache(),
+            options,
+            stage,
+            partial(console.print, soft_wrap=True, highlight=False),
+        )
+    return folder.parent
+
+
+def _wait(server: "TritonServer", front: "FrontProcess | None") -> None:
+    """Wait until a server ends, or until this process is interrupted; then stop it.
+
+    The front end is stopped first: its requests may still finish.
+    """
+    assert server.process is not None
+    try:
+        raise SystemExit(server.process.wait())
+    except KeyboardInterrupt:
+        console.print(
+            f"stopping: running requests may finish for {server.exit_timeout:g} s; "
+            "interrupt again to end them",
+            soft_wrap=True,
+        )
+        try:
+            if front is not None:
+                front.stop()
+            server.stop()
+        except KeyboardInterrupt:
+            server.stop(timeout=0)
+
+
+@app.command()
+def openai(
+    server: Annotated[
+        str,
+        typer.Option(
+            help="host:port of a tritonserver's gRPC endpoint; several with commas between them."
+        ),
+    ] = "127.0.0.1:8001",
+    model_repository: Annotated[
+        Path,
+        typer.Option(help="The model repository: tokenizers and chat templates come from it."),
+    ] = Path("model_repository"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; without --keys a loopback address.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.")] = 9000,
+    keys: Annotated[
+        Path | None, typer.Option(help="File of API keys, see `inplace openai-key`.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name of this server, where there are no keys; repeatable."),
+    ] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="File for HTTPS.")] = None,
+    tls_private_key: Annotated[Path | None, typer.Option(help="File for HTTPS.")] = None,
+    server_ca: Annotated[
+        Path | None,
+        typer.Option(help="Certificate authority of the servers' gRPC endpoints, for TLS to them."),
+    ] = None,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds for which running requests may finish after SIGTERM.")
+    ] = 30.0,
+) -> None:
+    """Speak OpenAI's HTTP protocol in front of one or more tritonservers."""
+    with _errors("openai", "openai"):
+        import logging
+
+        from inplace.openai import Frontend, run
+
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+        run(
+            Frontend(
+                servers=[each.strip() for each in server.split(",")],
+                model_repository=model_repository,
+                host=host,
+                port=port,
+                keys=keys,
+                hosts=allow_host or (),
+                certificate=tls_certificate,
+                private_key=tls_private_key,
+                server_ca=server_ca,
+                drain_seconds=drain_timeout,
+            )
+        )
+
+
+@app.command()
+def openai_key(
+    name: Annotated[str, typer.Argument(help="Who the key is for.")],
+) -> None:
+    """Make an API key for `inplace openai`, and print it with its record for the file of keys."""
+    with _errors("openai-key", "openai"):
+        from inplace.openai.keys import KeyFile, new_key
+
+        key, record = new_key(name)
+        console.print(f"key (shown once): {key}", soft_wrap=True, highlight=False)
+        text = KeyFile(keys=(record,)).model_dump_json(indent=1, exclude_none=True)
+        console.print(f"file of keys:\n{text}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

@@ -40,11 +40,26 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message.role }}: {{ message.content | trim }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers has it, with a chat template."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer(),
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
 def save_tokenizer(folder: Path) -> None:
     """As transformers keeps it beside a model."""
-    PreTrainedTokenizerFast(
-        tokenizer_object=tiny_tokenizer(), bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
 
 
 def llama_with_tokenizer(folder: Path, **changes: object) -> LlamaForCausalLM:

@@ -144,9 +144,11 @@ class AsyncSequence:
         key: the ``sequence_key``, without NUL bytes; a random one for each sequence if None. If it
             is empty there is none, and any client that knows the id can write to the sequence.
         replay: keep what was sent, to send it again after a loss.
+        server: the one of the client's servers to begin at; the next in turn if None.
 
     Raises:
-        ValueError: Triton would not take the id or the key as it is.
+        ValueError: Triton would not take the id or the key as it is, or the client has no such
+            server.
     """
 
     def __init__(
@@ -158,11 +160,16 @@ class AsyncSequence:
         *,
         key: str | None = None,
         replay: bool = True,
+        server: str | None = None,
     ) -> None:
         self.model, self.timeout = model, timeout
         self._client = client if isinstance(client, AsyncClient) else AsyncClient._borrow(client)
         self._tracker = SequenceTracker(id, key, replay, self._client._group)
-        self._server = self._client._servers.choose()
+        if server is not None and server not in self._client._servers.urls:
+            raise ValueError(
+                f"the client has no server {server!r}, only {', '.join(self._client._servers.urls)}"
+            )
+        self._server = server or self._client._servers.choose()
         self._stream: AsyncStream | None = None
         self._generation: AsyncGeneration | None = None  # the one that was iterated last
 

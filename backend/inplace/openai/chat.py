@@ -1,0 +1,93 @@
+"""Chats: from messages to the token ids of a prompt."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from inplace.drivers.detokenizer import TokenizerError
+from inplace.openai.errors import ApiError
+from inplace.openai.models import ServedModel
+from inplace.openai.schemas import ChatRequest, Message
+from inplace.openai.templates import TemplateError
+from inplace.openai.tokenizer import Marks
+
+ROLES = {"developer": "system"}
+"""The roles that templates know by another name."""
+
+
+def check_supported(request: ChatRequest) -> None:
+    """Refuse what needs structured output.
+
+    Raises:
+        ApiError: the reply would have to follow a schema, or to be a call of a tool.
+    """
+    if request.response_format is not None and request.response_format.type != "text":
+        raise ApiError(
+            400,
+            f"response_format has the type {request.response_format.type!r}; this server has no "
+            "structured output: send 'text', or leave it out",
+            param="response_format",
+            code="unsupported_value",
+        )
+    if request.tool_choice not in (None, "none") or (
+        request.tools and request.tool_choice != "none"
+    ):
+        raise ApiError(
+            400,
+            "this server cannot make a reply call tools: leave out tools and tool_choice, or send "
+            "tool_choice='none'",
+            param="tools" if request.tools else "tool_choice",
+            code="unsupported_value",
+        )
+
+
+def chat_prompt(model: ServedModel, messages: Sequence[Message]) -> list[int]:
+    """The token ids of a chat, up to where the reply begins.
+
+    No content of a message becomes a special token.
+
+    Raises:
+        ApiError: the model has no chat template, or one that does not take these messages.
+    """
+    if model.template is None:
+        raise ApiError(
+            400,
+            f"the model {model.name!r} has no chat template: send a prompt to /v1/completions",
+            param="model",
+            code="no_chat_template",
+        )
+    try:
+        marks = model.tokenizer.marks([text for one in messages for text in _texts(one)])
+        rendered = model.template.render(
+            [_for_template(message, marks) for message in messages], add_generation_prompt=True
+        )
+        return model.tokenizer.encode_marked(rendered, marks)
+    except (TemplateError, TokenizerError) as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+
+
+def _texts(message: Message) -> Iterator[str]:
+    """Every text of a message that a client chooses."""
+    yield message.text
+    yield message.name or ""
+    yield message.tool_call_id or ""
+    for call in message.tool_calls or ():
+        yield from (call.id, call.function.name, call.function.arguments)
+
+
+def _for_template(message: Message, marks: Marks) -> dict[str, Any]:
+    """A message as templates know it."""
+    reply = message.role == "assistant"
+    made: dict[str, Any] = {
+        "role": ROLES.get(message.role, message.role),
+        "content": marks.add(message.text, reply=reply),
+    }
+    for name in ("name", "tool_call_id"):
+        if (value := getattr(message, name)) is not None:
+            made[name] = marks.add(value)
+    if message.tool_calls:
+        calls = [call.model_dump() for call in message.tool_calls]
+        for call in calls:
+            kind = call.pop("type")
+            call |= {"type": kind} | marks.add({"id": call["id"], "function": call["function"]})
+        made["tool_calls"] = calls
+    return made

@@ -1,0 +1,127 @@
+"""The served models that the front end offers, from their folders in the model repository."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from inplace.drivers.detokenizer import TOKENIZER_FOLDER, load_tokenizer
+from inplace.errors import LoadError
+from inplace.openai.templates import ChatTemplate, TemplateError
+from inplace.openai.tokenizer import TextTokenizer
+from inplace.schema.files import EngineFolder
+from inplace.schema.served import FILE_NAME, Manifest
+
+VERSION = "1"
+"""The folder of an engine in a model's folder."""
+
+CHAT_TEMPLATE = f"{TOKENIZER_FOLDER}/chat_template.jinja"
+
+TOKENIZER_CONFIG = f"{TOKENIZER_FOLDER}/tokenizer_config.json"
+
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+"""The tokens of a tokenizer's configuration that chat templates know."""
+
+REPLY_PLACEHOLDER = "\u241e"
+"""A reply in the chat that is rendered to see what the template puts after one."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A language model that is served as a stream.
+
+    Attributes:
+        name: of the model in tritonserver.
+        tokenizer: its own.
+        template: its chat template; None if it has none.
+        turn_end: the token that the template puts after a reply; None if that is no token.
+        capacity: positions of a sequence; None without a limit.
+        created: when it was built, in seconds since 1970.
+    """
+
+    name: str
+    tokenizer: TextTokenizer
+    template: ChatTemplate | None
+    turn_end: int | None
+    capacity: int | None
+    created: int
+
+
+def load_models(repository: Path | str) -> dict[str, ServedModel]:
+    """The language models of a repository that are served as streams, by name.
+
+    Raises:
+        LoadError: there is none, or one cannot be read.
+    """
+    repository = Path(repository)
+    folders = sorted(path.parent.parent for path in repository.glob(f"*/{VERSION}/{FILE_NAME}"))
+    models = [model for folder in folders if (model := _load(folder)) is not None]
+    if not models:
+        raise LoadError(
+            f"{repository} has no language model that is served as a stream and has a tokenizer; "
+            f"build one: `inplace build … --serve stream --output {repository}/<name>`"
+        )
+    return {model.name: model for model in models}
+
+
+def _load(path: Path) -> ServedModel | None:
+    config = _triton_config(path)
+    parameters = {name: each.string_value for name, each in config.parameters.items()}
+    folder = EngineFolder(path / VERSION)
+    manifest = Manifest.load(folder.path)
+    if parameters.get("serve") != "stream" or manifest.is_scheduled:
+        return None
+    loaded = load_tokenizer(folder, manifest)
+    if loaded is None:
+        return None
+    tokenizer = TextTokenizer(loaded)
+    template = _template(folder, manifest)
+    return ServedModel(
+        name=config.name or path.name,
+        tokenizer=tokenizer,
+        template=template,
+        turn_end=None if template is None else _turn_end(template, tokenizer),
+        capacity=int(parameters.get("capacity", manifest.capacity or 0)) or None,
+        created=int((folder.path / FILE_NAME).stat().st_mtime),
+    )
+
+
+def _triton_config(path: Path) -> Any:
+    file = path / "config.pbtxt"
+    try:
+        return text_format.Parse(file.read_text(), pb.ModelConfig())
+    except (OSError, text_format.ParseError) as error:
+        raise LoadError(f"{file} cannot be read: {error}") from error
+
+
+def _template(folder: EngineFolder, manifest: Manifest) -> ChatTemplate | None:
+    """The chat template, from the file that transformers writes."""
+    if not manifest.has_file(CHAT_TEMPLATE):
+        return None
+    source = bytes(folder.read(manifest.file(CHAT_TEMPLATE))).decode()
+    fields = {}
+    if manifest.has_file(TOKENIZER_CONFIG):
+        fields = json.loads(bytes(folder.read(manifest.file(TOKENIZER_CONFIG))))
+    tokens = {}
+    for name in TOKEN_NAMES:
+        token = fields.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            tokens[name] = token
+    return ChatTemplate(source, tokens)
+
+
+def _turn_end(template: ChatTemplate, tokenizer: TextTokenizer) -> int | None:
+    """The token behind a reply: a tokenizer's end token is not always the one that ends a turn."""
+    chat = [
+        {"role": "user", "content": "-"},
+        {"role": "assistant", "content": REPLY_PLACEHOLDER},
+    ]
+    try:
+        rendered = template.render(chat, add_generation_prompt=False)
+    except TemplateError:  # it takes other chats only
+        return None
+    return tokenizer.first_added_token(rendered.partition(REPLY_PLACEHOLDER)[2])

@@ -1,0 +1,219 @@
+"""Answers in OpenAI's formats: of a chat and of a completion, whole and as chunks of a stream."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from inplace.client import Piece, TokenLogprob
+from inplace.openai.tokenizer import TextTokenizer
+
+FINISH_REASONS = {"length": "length", "capacity": "length", "eos": "stop", "stop": "stop"}
+"""OpenAI's words for the reasons of the backend."""
+
+MIN_LOGPROB = -9999.0
+"""What stands for a logarithm of zero, which JSON cannot have."""
+
+
+class Answer(ABC):
+    """The answer to one request, from the pieces of its generations.
+
+    Args:
+        request_id: the end of the answer's id.
+        model: the name of the model.
+        tokenizer: of the model.
+        prompt_tokens: tokens of all prompts.
+        choices: number of generations.
+        logprobs: whether the tokens' log-probabilities are returned.
+
+    Attributes:
+        completion_tokens: tokens of all choices so far.
+    """
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        tokenizer: TextTokenizer,
+        prompt_tokens: int,
+        choices: int,
+        *,
+        logprobs: bool,
+    ) -> None:
+        self._id = f"{self.prefix}-{request_id}"
+        self._model, self._tokenizer, self._logprobs = model, tokenizer, logprobs
+        self._created = int(time.time())
+        self._prompt_tokens = prompt_tokens
+        self.completion_tokens = 0
+        self._texts: list[list[str]] = [[] for _ in range(choices)]
+        self._tokens: list[list[TokenLogprob]] = [[] for _ in range(choices)]
+        self._reasons: list[str] = [""] * choices
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens of the request."""
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self._prompt_tokens + self.completion_tokens,
+        }
+
+    def add(self, index: int, piece: Piece) -> None:
+        """Add a piece of a choice, for the whole answer."""
+        self.completion_tokens += len(piece.tokens)
+        self._texts[index].append(piece.text)
+        self._tokens[index] += piece.logprobs
+        self._reasons[index] = FINISH_REASONS.get(piece.finish_reason, "")
+
+    def whole(self) -> dict[str, Any]:
+        """The answer to a request that is not streamed."""
+        choices = [self._choice(index) for index in range(len(self._texts))]
+        return self._body(self.kind, choices) | {"usage": self.usage}
+
+    def chunks(self, index: int, piece: Piece, *, usage: bool) -> Iterator[dict[str, Any]]:
+        """The chunks of a stream for a piece of a choice.
+
+        Args:
+            index: of the choice.
+            piece: its next piece.
+            usage: whether the stream ends with the usage, so that each chunk has that field.
+        """
+        self.completion_tokens += len(piece.tokens)
+        for choice in self._chunk_choices(index, piece):
+            yield self._body(self.chunk_kind, [choice]) | ({"usage": None} if usage else {})
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last chunk of a stream with usage."""
+        return self._body(self.chunk_kind, []) | {"usage": self.usage}
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _token(self, token: int, logprob: float) -> tuple[str, bytes, float]:
+        content = self._tokenizer.token_bytes(token)
+        return content.decode(errors="replace"), content, max(logprob, MIN_LOGPROB)
+
+    @abstractmethod
+    def _choice(self, index: int) -> dict[str, Any]:
+        """A choice of the whole answer."""
+
+    @abstractmethod
+    def _chunk_choices(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """A choice of each chunk for a piece."""
+
+
+class ChatAnswer(Answer):
+    """The answer to a chat."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {
+                "role": "assistant",
+                "content": "".join(self._texts[index]),
+                "refusal": None,
+            },
+            "logprobs": self._logprobs_of(self._tokens[index]) if self._logprobs else None,
+            "finish_reason": self._reasons[index],
+        }
+
+    def _chunk_choices(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        if not self._texts[index]:
+            self._texts[index].append("")  # the choice has begun
+            yield self._delta(index, {"role": "assistant", "content": ""})
+        if piece.text or piece.logprobs:
+            logprobs = self._logprobs_of(piece.logprobs) if self._logprobs else None
+            yield self._delta(index, {"content": piece.text}, logprobs)
+        if piece.finish_reason:
+            yield self._delta(index, {}, reason=FINISH_REASONS[piece.finish_reason])
+
+    def _delta(
+        self,
+        index: int,
+        delta: dict[str, str],
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs_of(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return {
+            "content": [
+                self._entry(each.token, each.logprob)
+                | {"top_logprobs": [self._entry(*likely) for likely in each.top]}
+                for each in tokens
+            ]
+        }
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text, content, value = self._token(token, logprob)
+        return {"token": text, "logprob": value, "bytes": list(content)}
+
+
+class CompletionAnswer(Answer):
+    """The answer to a completion.
+
+    Args:
+        echoes: the text that each choice begins with.
+        **arguments: as in `Answer`.
+    """
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, *arguments: Any, echoes: Sequence[str], logprobs: bool) -> None:
+        super().__init__(*arguments, logprobs=logprobs)
+        self._echoes = list(echoes)
+        self._offsets = [len(echo) for echo in echoes]
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        text = self._echoes[index] + "".join(self._texts[index])
+        return self._entry(index, text, self._tokens[index], self._reasons[index])
+
+    def _chunk_choices(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        echo, self._echoes[index] = self._echoes[index], ""
+        if echo or piece.text or piece.logprobs or piece.finish_reason:
+            reason = FINISH_REASONS.get(piece.finish_reason)
+            yield self._entry(index, echo + piece.text, piece.logprobs, reason)
+
+    def _entry(
+        self, index: int, text: str, tokens: Sequence[TokenLogprob], reason: str | None
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs_of(index, tokens) if self._logprobs else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs_of(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """As parallel lists; an offset counts characters of the choice's text."""
+        texts, values, likely, offsets = [], [], [], []
+        for each in tokens:
+            text, content, value = self._token(each.token, each.logprob)
+            texts.append(_name(text, content))
+            values.append(value)
+            top = [self._token(*one) for one in each.top]
+            likely.append({_name(name, content): number for name, content, number in top})
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": values,
+            "top_logprobs": likely,
+            "text_offset": offsets,
+        }
+
+
+def _name(text: str, content: bytes) -> str:
+    """A token as completions name it; one that is no text by its bytes, as OpenAI does it."""
+    if text.encode() == content:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

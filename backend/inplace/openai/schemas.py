@@ -1,0 +1,167 @@
+"""Requests of OpenAI's protocol, as far as this front end speaks it.
+
+A field of a request that is not here is an error. docs/openai.md has a table of all of them.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Ignored = Annotated[Any, Field(json_schema_extra={"treatment": "ignored"})]
+"""A field that is accepted, whatever its value, and changes nothing."""
+
+Refused = Annotated[None, Field(json_schema_extra={"treatment": "refused"})]
+"""A field of OpenAI's that may be null only."""
+
+
+class RequestPart(BaseModel):
+    """A part of a request: an unknown field is an error, and no value is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class TextPart(RequestPart):
+    """A text among the contents of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(RequestPart):
+    """The function of a call that a reply has made, with its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(RequestPart):
+    """A call that a reply has made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(RequestPart):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: Refused = None
+    audio: Refused = None
+    function_call: Refused = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a message of the role {self.role!r} needs a content")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content as one text: parts are lines."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class StreamOptions(RequestPart):
+    """What a stream has beside the choices."""
+
+    include_usage: bool = False
+    include_obfuscation: Ignored = None
+
+
+class ResponseFormat(RequestPart):
+    """What a reply must look like."""
+
+    type: str
+    json_schema: Any = None
+
+
+class SamplingRequest(RequestPart):
+    """The fields that chats and completions share.
+
+    Fields with the name of a request parameter of the backend have its limits, see
+    docs/protocol.md.
+    """
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    n: int | None = Field(default=None, ge=1)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    prompt_cache_key: str | None = None
+    metadata: Ignored = None
+    prompt_cache_retention: Ignored = None
+    safety_identifier: Ignored = None
+    service_tier: Ignored = None
+    store: Ignored = None
+    user: Ignored = None
+
+    @model_validator(mode="after")
+    def _streams_for_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for a request with stream=true")
+        return self
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts that end a generation."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ChatRequest(SamplingRequest):
+    """The body of ``/v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: Ignored = None
+    prediction: Ignored = None
+    reasoning_effort: Ignored = None
+    verbosity: Ignored = None
+    modalities: list[Literal["text"]] | None = None
+    audio: Refused = None
+    function_call: Refused = None
+    functions: Refused = None
+    web_search_options: Refused = None
+
+    @model_validator(mode="after")
+    def _has_one_limit(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are the same: send one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is for a request with logprobs=true")
+        return self
+
+
+class CompletionRequest(SamplingRequest):
+    """The body of ``/v1/completions``."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+    add_special_tokens: bool | None = None
+    best_of: Refused = None
+    suffix: Refused = None

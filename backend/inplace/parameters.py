@@ -5,23 +5,28 @@ docs/protocol.md read it. It imports neither PyTorch nor NumPy.
 """
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from inplace.errors import Code, RequestError
 from inplace.protocol import (
     ADD_SPECIAL_TOKENS,
     ALLOWED_TOKEN_IDS,
     BANNED_TOKEN_IDS,
+    CHOICE,
     FETCH,
     FROM,
+    GRAMMAR,
     GROUP,
     IGNORE_EOS,
     INPUT_IDS,
+    JSON,
+    JSON_OBJECT,
     LANGUAGE,
     LOGIT_BIAS,
     LOGITS,
@@ -31,6 +36,7 @@ from inplace.protocol import (
     NUM_GENERATED,
     POSITION,
     PROMPT_LOGPROBS,
+    REGEX,
     SAMPLE_RATE,
     SEQUENCE_KEY,
     STOP,
@@ -46,7 +52,7 @@ Parameter = bool | int | float | str
 """The value of a request parameter in Triton."""
 
 
-Value = bool | int | float | str | tuple[int, ...] | tuple[tuple[int, float], ...]
+Value = bool | int | float | str | tuple[int, ...] | tuple[tuple[int, float], ...] | tuple[str, ...]
 """The value of a request parameter after it was parsed."""
 
 
@@ -83,6 +89,14 @@ MAX_LOGPROBS = 20
 
 MAX_TEMPERATURE = 3.4028234663852886e38
 """The largest float32."""
+
+
+MAX_GRAMMAR_BYTES = 65536
+"""Bytes in UTF-8 of a parameter that says what the text must be."""
+
+
+MAX_CHOICES = 1024
+"""Texts of ``choice``."""
 
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
@@ -124,12 +138,23 @@ STEPS_AND_GENERATIONS = STEPS | GENERATIONS
 
 
 ParameterType = Literal[
-    "boolean", "integer", "number", "key", "name", "sequence id", "token ids", "token biases"
+    "boolean",
+    "integer",
+    "number",
+    "key",
+    "name",
+    "sequence id",
+    "token ids",
+    "token biases",
+    "text",
+    "texts",
+    "JSON object",
 ]
 """``key`` is a text or an integer, whose digits are the text then; ``name`` is a text; ``sequence
 id`` is a correlation id, for which the text of an integer is another id than the integer. ``token
 ids`` is an integer, or a text of integers with commas between them; ``token biases`` is a text of
-``token:bias`` with commas between them."""
+``token:bias`` with commas between them. ``text`` is a long text, ``texts`` a JSON array of texts,
+and ``JSON object`` an object of JSON, each as a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +297,41 @@ def _parse_token_biases(spec: ParameterSpec, value: object) -> tuple[tuple[int, 
     return tuple(biases.items()) if fits and len(biases) == len(pairs) else None
 
 
+def _parse_text(spec: ParameterSpec, value: object) -> str | None:
+    if not isinstance(value, str) or not value or "\0" in value:
+        return None
+    return value if len(value.encode(errors="replace")) <= MAX_GRAMMAR_BYTES else None
+
+
+def _parse_json(spec: ParameterSpec, value: object) -> Any:
+    """The value of a text of JSON; None if it is too long or not well-formed."""
+    text = _parse_text(spec, value)
+    try:
+        return None if text is None else json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _parse_json_object(spec: ParameterSpec, value: object) -> str | None:
+    parsed = _parse_json(spec, value)
+    if not isinstance(parsed, dict):
+        return None
+    # written again: each name once
+    return json.dumps(parsed, ensure_ascii=False, separators=(",", ":"))
+
+
+def _parse_texts(spec: ParameterSpec, value: object) -> tuple[str, ...] | None:
+    texts = _parse_json(spec, value)
+    if not isinstance(texts, list) or not 1 <= len(texts) <= spec.max_items:
+        return None
+    fits = all(isinstance(text, str) and text and "\0" not in text for text in texts)
+    return tuple(texts) if fits and len(set(texts)) == len(texts) else None
+
+
 def _is_within(spec: ParameterSpec, number: float) -> bool:
     low_fits = spec.minimum is None or number >= spec.minimum  # False for NaN
     return low_fits and (spec.maximum is None or number <= spec.maximum)
@@ -286,6 +346,9 @@ _PARSERS: dict[ParameterType, Callable[[ParameterSpec, object], Value | None]] =
     "sequence id": _parse_sequence_id,
     "token ids": _parse_token_ids,
     "token biases": _parse_token_biases,
+    "text": _parse_text,
+    "texts": _parse_texts,
+    "JSON object": _parse_json_object,
 }
 
 
@@ -335,6 +398,11 @@ def _key(name: str, description: str, kinds: frozenset[RequestKind]) -> Paramete
 
 def _name(name: str, description: str, limits: str) -> ParameterSpec:
     return ParameterSpec(name, "name", description, STEPS, limits=limits)
+
+
+def _text(name: str, description: str, what: str) -> ParameterSpec:
+    limits = f"{what} of at most {MAX_GRAMMAR_BYTES} bytes, without a NUL byte"
+    return ParameterSpec(name, "text", description, GENERATIONS, limits=limits)
 
 
 def _reserved(name: str, description: str) -> ParameterSpec:
@@ -525,6 +593,25 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         GENERATIONS,
         MAX_STOP_TOKEN_IDS,
     ),
+    ParameterSpec(
+        JSON,
+        "JSON object",
+        "The text must be JSON that is valid against this schema.",
+        GENERATIONS,
+        limits=f"a JSON schema: the text of a JSON object of at most {MAX_GRAMMAR_BYTES} bytes",
+    ),
+    _boolean(JSON_OBJECT, "The text must be a JSON object.", GENERATIONS),
+    _text(REGEX, "The text must match this regular expression as a whole.", "an expression"),
+    _text(GRAMMAR, "The text must be one of this grammar, in Lark's notation.", "a grammar"),
+    ParameterSpec(
+        CHOICE,
+        "texts",
+        "The text must be one of these.",
+        GENERATIONS,
+        max_items=MAX_CHOICES,
+        limits=f"the text of a JSON array of 1 to {MAX_CHOICES} different texts that are not empty"
+        f" and without NUL characters, at most {MAX_GRAMMAR_BYTES} bytes",
+    ),
     _count(STREAM_INTERVAL, "The fewest tokens of a response, except the last.", 1),
     _boolean(
         FETCH,
@@ -545,6 +632,10 @@ REGISTRY: tuple[ParameterSpec, ...] = (
 
 
 BY_NAME: Mapping[str, ParameterSpec] = {spec.name: spec for spec in REGISTRY}
+
+
+GRAMMAR_PARAMETERS = frozenset({JSON, JSON_OBJECT, REGEX, GRAMMAR, CHOICE})
+"""Parameters that say what the text of a generation must be; a request has one of them at most."""
 
 
 OPTIONS = frozenset({LANGUAGE, TASK, TIMESTAMPS})

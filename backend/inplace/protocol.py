@@ -62,6 +62,10 @@ NUM_GENERATED = "num_generated"
 """The parameter that says how many of the last tokens count as generated."""
 
 
+JSON, JSON_OBJECT, REGEX, GRAMMAR, CHOICE = "json", "json_object", "regex", "grammar", "choice"
+"""Parameters that say what the text of a generation must be, named as vLLM's structured outputs."""
+
+
 WINDOW_SAMPLES, CHUNK_SAMPLES = "window_samples", "chunk_samples"
 """Parameters of config.pbtxt of a speech model, which has one of them, with `SAMPLE_RATE`: the most
 samples of a request that is a window of its own, or the samples of a stream's chunk."""

@@ -203,7 +203,7 @@ def test_two_rows_of_different_lengths_say_what_the_module_says_of_each(
                 (offsets[1:] - 1).clamp(min=0),
                 torch.tensor([2, 0], dtype=torch.int32),
                 starts,
-                *greedy_rows(2).values(),
+                *greedy_rows(2, VOCABULARY).values(),
                 *memory,
             )
         cached = [start + count for start, count in zip(cached, counts, strict=True)]

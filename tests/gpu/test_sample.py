@@ -7,6 +7,7 @@ from inplace.kernels.sample import sample as launch
 from inplace.kernels.sample import sample_workspace
 from inplace.operators import SampledTokens, sample, sample_with_options
 from inplace.plugins import Launch, SampleOptionsOperation
+from inplace.schema.specs import mask_words
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -70,9 +71,10 @@ def arguments(rows: int, count: int, entries: int) -> list[Tensor]:
         torch.arange(rows).int(),
         torch.tensor([0.0, 0.3, 0.05, 0.0, 1.0, 0.5])[pick],
         torch.tensor([1, 0, 6, 21, 3, 0])[pick].int(),
-        torch.tensor([0, entries, -entries, 1, -1, entries])[pick].int(),
+        torch.tensor([0, entries, -1 - entries, 1, -1, -2])[pick].int(),
         tokens,
         torch.stack([bias, torch.rand(rows, entries) + 0.5, torch.rand(rows, entries)], 1),
+        torch.randint(-(2**31), 2**31, (rows, mask_words(count))).int() | 1,
     ]
 
 

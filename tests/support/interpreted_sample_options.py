@@ -4,6 +4,7 @@ import pytest
 import torch
 from inplace.kernels import sample as kernels
 from inplace.operators.sample import _sample_options_on_gpu, sample_with_options
+from inplace.schema.specs import mask_words
 from torch import Tensor
 
 from support.long import long_except
@@ -37,9 +38,10 @@ def arguments(rows: int, count: int, entries: int) -> list[Tensor]:
         torch.randint(0, 2**31 - 1, (rows,)).int(),
         torch.tensor([0.0, 0.3, 0.05, 0.0, 1.0, 0.5])[pick],
         torch.tensor([1, 0, 6, 21, 3, 0])[pick].int(),
-        torch.tensor([0, entries, -entries, 1, -1, entries])[pick].int(),
+        torch.tensor([0, entries, -1 - entries, 1, -1, -2])[pick].int(),
         tokens,
         torch.stack([*values, torch.rand(rows, entries)], 1),
+        torch.randint(-(2**31), 2**31, (rows, mask_words(count))).int() | 1,
     ]
 
 

@@ -80,11 +80,11 @@ def captured(name: str, rows: int = ROWS) -> Capture:
     return capture_decoder(DECODERS[name]().eval(), DecoderOptions(CAPACITY, rows, CHUNK))
 
 
-def greedy_rows(count: int) -> dict[str, Tensor]:
-    """The sampling inputs of greedy rows."""
+def greedy_rows(count: int, num_scores: int = VOCABULARY) -> dict[str, Tensor]:
+    """The sampling inputs of greedy rows of so many scores."""
     return {
         spec.name: torch.zeros((count, *spec.shape), dtype=spec.dtype.as_torch)
-        for spec in map(decoder_input, SAMPLING_INPUTS)
+        for spec in (decoder_input(role, num_scores) for role in SAMPLING_INPUTS)
     }
 
 

@@ -66,7 +66,7 @@ def test_names_are_unique_and_every_parameter_is_documented() -> None:
 
 
 def test_the_sampling_parameters_are_the_fields_of_sampling_params() -> None:
-    own = {"min_tokens", "end_token_ids"}  # of a generation
+    own = {"min_tokens", "end_token_ids", "structured"}  # of a generation
     assert set(SamplingParams.__dataclass_fields__) == SAMPLING_PARAMETERS | own
     for name in SAMPLING_PARAMETERS:
         assert (getattr(SamplingParams(), name) or None) == (BY_NAME[name].default or None)

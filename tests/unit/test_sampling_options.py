@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from inplace.errors import Code, RequestError
@@ -18,9 +19,9 @@ from inplace.parameters import Parameter
 from inplace.plugins import SampleOptionsOperation
 from inplace.runtime.batcher import sampling_values
 from inplace.runtime.requests import GREEDY, SamplingParams, check_available
-from inplace.runtime.sampling import ScoreAdjustments
+from inplace.runtime.sampling import ScoreAdjustments, token_mask
 from inplace.schema.served import Program
-from inplace.schema.specs import SAMPLING_OPTION_ROLES, Role
+from inplace.schema.specs import SAMPLING_OPTION_ROLES, Role, mask_words
 from inplace_builder.capture.decoder import DecoderOptions, decoder_program
 from support.interpreter import needs_interpreter, run_interpreted
 from support.long import long_except
@@ -54,10 +55,13 @@ def run(
     rows, entries = len(scores), PROGRAM.max_adjusted
     count = torch.zeros(rows, dtype=torch.int32)
     tokens, values = torch.zeros(rows, entries).int(), torch.zeros(rows, 3, entries)
+    mask = torch.zeros(rows, mask_words(scores.shape[1]), dtype=torch.int32)
     if adjustments is not None:
         count += adjustments.number
         tokens += torch.from_numpy(adjustments.tokens)
         values += torch.from_numpy(adjustments.values)
+        if adjustments.mask is not None:
+            mask += torch.from_numpy(adjustments.mask)
     return sample_with_options(
         scores,
         torch.full((rows,), temperature),
@@ -70,6 +74,7 @@ def run(
         count,
         tokens,
         values,
+        mask,
     )
 
 
@@ -86,13 +91,16 @@ def adjustments(
 
 def adjusted(scores: Tensor, given: ScoreAdjustments) -> Tensor:
     """All adjusted scores of a row, by their definition."""
-    count = abs(given.number)
-    out = scores.clone() if given.number > 0 else torch.full_like(scores, float("-inf"))
+    count = given.number if given.mask is None else -1 - given.number
+    out = scores.clone()
     for token, (bias, penalty, less) in zip(
         given.tokens[:count].tolist(), given.values.T[:count].tolist(), strict=True
     ):
         value = float(scores[token]) + bias
         out[token] = (value / penalty if value > 0 else value * penalty) - less
+    if given.mask is not None:
+        bits = np.unpackbits(given.mask.view(np.uint8), bitorder="little")[: len(out)]
+        out[torch.from_numpy(bits == 0)] = float("-inf")
     return out
 
 
@@ -227,6 +235,34 @@ def test_biases_and_masks_are_transformers() -> None:
     assert adjusted(scores[0], allowed).isfinite().nonzero().flatten().tolist() == [4, 6]
     hot = run(scores.expand(60, -1), temperature=50.0, adjustments=allowed)
     assert set(hot.tokens.flatten().tolist()) == {4, 6}
+    penalised = adjustments([1, 5, 7], allowed_token_ids=(5, 6), repetition_penalty=9.0)
+    processor = RepetitionPenaltyLogitsProcessor(9.0)
+    expected = processor(torch.tensor([[5]]), scores)[0, 5:7]
+    torch.testing.assert_close(adjusted(scores[0], penalised)[5:7], expected)
+    assert penalised.number == -2
+
+
+def test_a_mask_is_joined_with_the_tokens_that_the_request_allows() -> None:
+    scores = torch.arange(VOCABULARY).float()[None]
+    given = adjustments([], allowed_token_ids=(3, 31, 32, 98), banned_token_ids=(98,))
+    assert given.set_mask(token_mask({3, 32, 50, 98}, VOCABULARY))
+    assert adjusted(scores[0], given).isfinite().nonzero().flatten().tolist() == [3, 32]
+    assert run(scores, adjustments=given).tokens.item() == 32
+    assert not given.set_mask(token_mask({50, 98}, VOCABULARY))
+    free = adjustments([], logit_bias=((98, -100.0),))
+    assert free.set_mask(token_mask({31, 98}, VOCABULARY))
+    assert run(scores, adjustments=free).tokens.item() == 31
+
+
+def test_a_mask_of_another_size_is_not_of_the_program() -> None:
+    inputs = [
+        spec.model_copy(update={"shape": (3,)}) if spec.role is Role.TOKEN_MASK else spec
+        for spec in PROGRAM.inputs
+    ]
+    with pytest.raises(ValueError, match=r"token_mask must be \[4\] a row, a bit for each of 99"):
+        Program.model_validate(
+            {**PROGRAM.model_dump(), "inputs": [spec.model_dump() for spec in inputs]}
+        )
 
 
 def test_end_tokens_are_masked_until_there_are_enough_tokens() -> None:

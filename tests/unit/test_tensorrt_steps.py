@@ -151,11 +151,11 @@ def test_adjustments_are_uploaded_for_rows_that_have_them_and_only_after_a_chang
     program = decoder_program(99, 99, DecoderOptions(capacity=64, max_rows=4, chunk=8))
     cpu = torch.device("cpu")
     buffers = AdjustmentBuffers(program, 4, cpu)
-    names = {"adjusted_tokens", "adjustments"}
+    names = {"adjusted_tokens", "adjustments", "token_mask"}
     assert buffers.tensors(2).keys() == names
     assert not names & InputBuffers(program, StepSize(2, 2), cpu).tensors.keys()
 
-    def inputs(number: int, value: float) -> dict[str, torch.Tensor]:
+    def inputs(number: int, value: int) -> dict[str, torch.Tensor]:
         lists = {
             name: torch.full_like(tensor, value) for name, tensor in buffers.tensors(2).items()
         }
@@ -166,13 +166,17 @@ def test_adjustments_are_uploaded_for_rows_that_have_them_and_only_after_a_chang
     first = inputs(-3, 7)
     buffers.upload(first)
     for tensor in buffers.tensors(4).values():
-        assert bool((tensor[:2] == 7).all())
-        assert not tensor[2:].any()
+        assert bool((tensor[1] == 7).all())
+        assert not tensor[[0, 2, 3]].any()
         tensor.zero_()
     buffers.upload(first)
     assert not any(tensor.any() for tensor in buffers.tensors(4).values())
-    buffers.upload(inputs(3, 8))
-    assert all(bool((tensor == 8).all()) for tensor in buffers.tensors(2).values())
+    for number, changed in [(3, names - {"token_mask"}), (-1, {"token_mask"})]:
+        buffers.upload(inputs(number, 8))
+        tensors = buffers.tensors(2)
+        assert {name for name in names if bool((tensors[name][1] == 8).all())} == changed
+        for name in changed:
+            tensors[name].zero_()
 
 
 def test_each_fed_token_has_its_entry_in_the_program_with_log_probabilities() -> None:

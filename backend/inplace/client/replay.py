@@ -38,6 +38,7 @@ from inplace.client.requests import (
     step_request,
 )
 from inplace.errors import Code
+from inplace.parameters import GRAMMAR_PARAMETERS
 from inplace.protocol import (
     AUDIO,
     AUDIO_INT16,
@@ -58,6 +59,10 @@ from inplace.protocol import (
 
 INVALID_POSITION = 1 << 62
 """A position above every capacity."""
+
+
+COUNT_GENERATED = GRAMMAR_PARAMETERS | {"presence_penalty", "frequency_penalty"}
+"""Parameters whose effect depends on which tokens were generated."""
 
 
 REPLAY = "REPLAY"
@@ -471,7 +476,7 @@ class GenerationProgress:
         shifted: dict[str, ParameterArgument] = {MAX_TOKENS: self._max_tokens - prompted}
         if MIN_TOKENS in given:
             shifted[MIN_TOKENS] = max(0, int(cast(int, given[MIN_TOKENS])) - prompted)
-        if {"presence_penalty", "frequency_penalty"} & given.keys():
+        if COUNT_GENERATED & given.keys():
             before = int(cast(int, given.get(NUM_GENERATED, 0)))
             shifted[NUM_GENERATED] = before + prompted
         return shifted

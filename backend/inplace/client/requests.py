@@ -1,5 +1,6 @@
 """The requests of a client: as the caller makes them, and as Triton gets them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
@@ -24,9 +25,11 @@ from inplace.parameters import (
 from inplace.protocol import (
     ALLOWED_TOKEN_IDS,
     BANNED_TOKEN_IDS,
+    CHOICE,
     FETCH,
     FINISH_REASON,
     INPUT_IDS,
+    JSON,
     LOGIT_BIAS,
     LOGITS,
     LOGPROBS,
@@ -47,9 +50,11 @@ from inplace.protocol import (
 Array = NDArray[np.generic]
 
 
-ParameterArgument = Parameter | Sequence[int] | Mapping[int, float]
+ParameterArgument = (
+    Parameter | Sequence[int] | Mapping[int, float] | Mapping[str, object] | Sequence[str]
+)
 """A parameter as callers give it: token ids may be a sequence of integers, and their biases a
-mapping."""
+mapping; a JSON schema may be a mapping, and the texts of a choice a sequence."""
 
 
 TOKEN_ID_PARAMETERS = frozenset({STOP_TOKEN_IDS, ALLOWED_TOKEN_IDS, BANNED_TOKEN_IDS})
@@ -90,6 +95,11 @@ class GenerationOptions(TypedDict, total=False):
         min_tokens: the fewest tokens before one that ends the generation, and before a stop text.
         ignore_eos: continue after an end token.
         stop_token_ids: tokens that end the generation, also with ``ignore_eos``.
+        json: a JSON schema that the text must be valid against.
+        json_object: the text must be a JSON object.
+        regex: an expression that the text must match as a whole.
+        grammar: a grammar in Lark's notation that the text must follow.
+        choice: the texts of which it must be one.
         stream_interval: minimum number of tokens of a response.
         add_special_tokens: put the tokenizer's special tokens around a text; where it begins a
             sequence, if absent.
@@ -114,6 +124,11 @@ class GenerationOptions(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     stop_token_ids: Sequence[int]
+    json: Mapping[str, object] | str
+    json_object: bool
+    regex: str
+    grammar: str
+    choice: Sequence[str]
     stream_interval: int
     add_special_tokens: bool
     group: str
@@ -343,7 +358,8 @@ class InferRequest:
 def encode_parameters(parameters: Mapping[str, object]) -> dict[str, str | int | bool]:
     """Parameters as gRPC carries them.
 
-    Floats, integers of more than 64 bits, sequences of integers and biases become texts.
+    Floats, integers of more than 64 bits, sequences of integers, biases, JSON schemas and choices
+    become texts.
 
     Raises:
         TypeError: a value is neither a string, a number, a boolean nor, where the parameter takes
@@ -368,13 +384,17 @@ def encode_parameters(parameters: Mapping[str, object]) -> dict[str, str | int |
 
 
 def _list_text(name: str, value: object) -> str | None:
-    """Token ids, or their biases, as a text; None for anything else."""
+    """Token ids, their biases, a schema or texts as one text; None for anything else."""
     try:
         if name in TOKEN_ID_PARAMETERS and isinstance(value, Sequence | np.ndarray):
             return ",".join(str(index(token)) for token in value)
+        if name == JSON and isinstance(value, Mapping):
+            return json.dumps(dict(value), ensure_ascii=False)
+        if name == CHOICE and isinstance(value, Sequence):
+            return json.dumps(list(value), ensure_ascii=False)
         if name == LOGIT_BIAS and isinstance(value, Mapping):
             return ",".join(f"{index(token)}:{float(bias)!r}" for token, bias in value.items())
-    except TypeError:  # a token is no integer
+    except TypeError:  # a token is no integer, or JSON has no such value
         return None
     return None
 

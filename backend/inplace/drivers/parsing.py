@@ -16,7 +16,8 @@ from inplace.drivers.generation import GenerationLimits, GenerationState, decode
 from inplace.drivers.queues import StreamRequest
 from inplace.drivers.reply import BufferedReply, Channel, Reply, ScheduleReply
 from inplace.errors import Code, RequestError
-from inplace.parameters import BY_NAME, RequestKind, parse_parameters
+from inplace.grammars import GrammarCompiler, GrammarSource
+from inplace.parameters import BY_NAME, GRAMMAR_PARAMETERS, RequestKind, parse_parameters
 from inplace.protocol import (
     ADD_SPECIAL_TOKENS,
     FETCH,
@@ -85,6 +86,11 @@ class RequestParser:
             self._first_tokens = first_tokens(tokenizer)
             self._generation_outputs |= {TEXT_OUTPUT}
         self._special_ids = frozenset(self._special_tokens.values())
+        self.grammars = None
+        if tokenizer is not None and instance.program.max_adjusted:
+            self.grammars = GrammarCompiler(
+                tokenizer, instance.program.vocab_size, tokenizer_config.eos_token_ids
+            )
 
     def parse(
         self, request: Request, texts: Mapping[str, tuple[bytes, ...]], channel: Channel
@@ -122,6 +128,7 @@ class RequestParser:
             self._check_texts(request, texts, generates=generates)
             request = self._tokenize_text(request, texts)
             limits = self._parse_limits(request, texts) if generates else None
+            source = self._parse_grammar(request) if generates else None
         except RequestError as error:
             return StreamRequest(replace(unvalidated, refusal=error), Reply(channel))
         # A generation without START may continue from the last generated token alone.
@@ -133,7 +140,32 @@ class RequestParser:
             return self._make_schedule(validated, self._text_output, channel)
         if limits is None or validated.refusal is not None:
             return StreamRequest(validated, Reply(channel))
-        return self._make_generation(validated, limits, channel)
+        generation = self._make_generation(
+            validated, limits, channel, structured=source is not None
+        )
+        if source is not None and generation.validated.refusal is None:
+            assert self.grammars is not None
+            generation.grammar = self.grammars.compile(source)
+        return generation
+
+    def _parse_grammar(self, request: Request) -> GrammarSource | None:
+        """What the text of a generation must be; None if it may be anything."""
+        if not GRAMMAR_PARAMETERS & request.parameters.keys():
+            return None
+        source = GrammarSource.parse(request.parameters)
+        if source is not None and self.grammars is None:
+            names = sorted(GRAMMAR_PARAMETERS & request.parameters.keys())
+            reason = (
+                "was built without a tokenizer"
+                if self._tokenizer_config.tokenizer is None
+                else "was built without masks of tokens"
+            )
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"this model {reason} and cannot follow a grammar: leave {names} out, or build it"
+                f" again",
+            )
+        return source
 
     def _kind(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> RequestKind:
         generates, fetches = request.kind is RequestKind.GENERATION, request.flag(FETCH)
@@ -223,7 +255,12 @@ class RequestParser:
         return StreamRequest(validated, reply)
 
     def _make_generation(
-        self, validated: ValidatedRequest, limits: GenerationLimits, channel: Channel
+        self,
+        validated: ValidatedRequest,
+        limits: GenerationLimits,
+        channel: Channel,
+        *,
+        structured: bool,
     ) -> StreamRequest:
         assert self._decoder_io is not None
         ids_name, token_name = self._decoder_io
@@ -242,7 +279,11 @@ class RequestParser:
                 detokenizer = made
         reply_type = BufferedReply if validated.request.flag(FETCH) else Reply
         generation = GenerationState(limits, self._tokenizer_config.eos_token_ids, stop_detokenizer)
-        params = self._with_end_tokens(validated.sampling_params, generation)
+        params = validated.sampling_params
+        if structured:  # not `GREEDY`, which has no `num_generated`
+            program = self._instance.program
+            params = replace(validated.request.sampling_params(program), structured=True)
+        params = self._with_end_tokens(params, generation)
         return StreamRequest(
             replace(
                 validated,

@@ -3,7 +3,8 @@
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, replace
 from itertools import chain
 from time import monotonic
 from typing import Generic, Protocol, TypeVar
@@ -11,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from inplace.drivers.generation import GenerationState
 from inplace.drivers.reply import BufferedReply, Reply, nothing_to_fetch
 from inplace.errors import Code, RequestError
+from inplace.grammars import CompiledGrammar, GrammarMatcher
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.slots import SequenceId, SequenceState, SlotTable
@@ -33,6 +35,8 @@ class StreamRequest:
         generation: its generated tokens; None for a step.
         active: the request as steps see it; None until it is admitted.
         is_fetch: it fetches tokens of its sequence's generation and does nothing else.
+        grammar: what its text must be; None if it may be anything.
+        matcher: follows it through its grammar, from when it is admitted.
     """
 
     validated: ValidatedRequest
@@ -40,6 +44,8 @@ class StreamRequest:
     generation: GenerationState | None = None
     active: ActiveRequest | None = None
     is_fetch: bool = False
+    grammar: Future[CompiledGrammar] | None = None
+    matcher: GrammarMatcher | None = None
 
     @property
     def request(self) -> Request:
@@ -60,6 +66,28 @@ class StreamRequest:
     def group(self) -> bytes:
         """What it shares its place in the queue for slots with; only of one that is not refused."""
         return self.validated.request.fairness_group()
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether its grammar is still being compiled."""
+        return self.grammar is not None and not self.grammar.done()
+
+    def start_matching(self) -> None:
+        """Make its matcher, if it has a compiled grammar; or make it a request that is refused."""
+        if self.grammar is None or self.matcher is not None or self.validated.refusal is not None:
+            return
+        assert self.generation is not None
+        try:
+            self.matcher = self.grammar.result().matcher(self.generation.end_token_ids)
+        except RequestError as error:
+            self.validated = replace(self.validated, refusal=error)
+        except (OSError, CancelledError) as error:
+            refusal = RequestError(
+                Code.ENGINE_FAILED,
+                f"the process of the grammar has ended ({error}); send it again",
+                retryable=True,
+            )
+            self.validated = replace(self.validated, refusal=refusal)
 
     @property
     def only_ends(self) -> bool:

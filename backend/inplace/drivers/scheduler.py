@@ -84,10 +84,20 @@ class Scheduler:
         """Whether there are requests for every row of a step."""
         return len(self._decodes) + len(self._prefills) >= self._max_rows
 
-    def repeats(self, requests: list[StreamRequest]) -> bool:
-        """Whether the next step has the rows of the last, all of them decode rows."""
-        fits = len(requests) <= self._max_rows
-        return not self._prefills and fits and requests == list(self._decodes)
+    def following(self, requests: list[StreamRequest]) -> list[StreamRequest] | None:
+        """The requests of the next step, if those of the last go on in it, all with one token.
+
+        Args:
+            requests: of the last step, without those that have left the scheduler.
+
+        Returns:
+            The same, and then generations with a grammar; None if they do not all go on, or if
+            others begin.
+        """
+        decodes, count = list(self._decodes), len(requests)
+        if self._prefills or len(decodes) > self._max_rows or decodes[:count] != requests:
+            return None
+        return decodes if all(each.matcher is not None for each in decodes[count:]) else None
 
     def schedule(self) -> ScheduledStep:
         """Choose the rows of the next step."""
@@ -202,16 +212,25 @@ class StepPipeline:
     one small copy instead of the work for every token. A row whose generation turns out to have
     finished (end token, stop text, cancellation) is dropped.
 
+    A generation with a grammar needs the mask for its next token first. Its rows leave after each
+    token, and join a later step when the mask is there; the other rows do not wait for it.
+
     Args:
         instance: runs the steps.
         scheduler: chooses the rows.
         no_arrivals: whether nothing has arrived that would change the next step.
+        receive_masks: lets generations with a grammar go on whose masks have arrived.
     """
 
     def __init__(
-        self, instance: ModelInstance, scheduler: Scheduler, no_arrivals: Callable[[], bool]
+        self,
+        instance: ModelInstance,
+        scheduler: Scheduler,
+        no_arrivals: Callable[[], bool],
+        receive_masks: Callable[[], None],
     ) -> None:
         self._instance, self._scheduler, self._no_arrivals = instance, scheduler, no_arrivals
+        self._receive_masks = receive_masks
         self._in_flight: tuple[ScheduledStep, InFlightStep] | None = None
 
     def __bool__(self) -> bool:
@@ -225,10 +244,10 @@ class StepPipeline:
         """
         scheduled, step = self._in_flight or self._launch()
         self._in_flight = None
-        overlap = self._can_overlap(scheduled, step)  # computed while the device works
+        plain = self._overlapping(scheduled, step)  # computed while the device works
         outputs = self._instance.wait(step)
-        if overlap and not step.failed and self._no_arrivals():
-            self._in_flight = scheduled, self._instance.launch_next(step, outputs)
+        if plain and not step.failed and self._no_arrivals():
+            self._in_flight = self._launch_next(scheduled, step, outputs, plain)
         self._instance.advance(step, outputs)
         return StepResult(scheduled.requests, scheduled.num_decodes, step.batch.rows, outputs)
 
@@ -241,16 +260,50 @@ class StepPipeline:
 
     def _launch(self) -> tuple[ScheduledStep, InFlightStep]:
         scheduled = self._scheduler.schedule()
+        self._leave(scheduled)
         rows = [each.active for each in scheduled.requests if each.active is not None]
         return scheduled, self._instance.launch(rows, scheduled.token_budget)
 
-    def _can_overlap(self, scheduled: ScheduledStep, step: InFlightStep) -> bool:
-        """Whether the step after ``step`` will have the same rows, as far as is known now."""
-        requests = scheduled.requests
-        if not self._instance.overlaps or not self._scheduler.repeats(requests):
-            return False
-        if any(active.dropped for active in step.batch.rows):
-            return False
-        return all(
-            each.generation is not None and each.generation.expects_two_more for each in requests
-        )
+    def _leave(self, scheduled: ScheduledStep) -> None:
+        """Let the generations of a step leave that need a mask after it."""
+        for request in scheduled.requests[: scheduled.num_decodes]:
+            if request.matcher is not None:
+                self._scheduler.remove(request)
+
+    def _launch_next(
+        self,
+        scheduled: ScheduledStep,
+        step: InFlightStep,
+        outputs: dict[str, Tensor],
+        plain: list[StreamRequest],
+    ) -> tuple[ScheduledStep, InFlightStep] | None:
+        """Launch the step after ``step``: these requests of it, and those that have their mask."""
+        self._receive_masks()
+        requests = self._scheduler.following(plain)
+        if requests is None:
+            return None
+        if requests == scheduled.requests:
+            return scheduled, self._instance.launch_next(step, outputs)
+        kept = [row for row, each in enumerate(scheduled.requests) if each.matcher is None]
+        joined = [each.active for each in requests[len(plain) :] if each.active is not None]
+        following = ScheduledStep(requests, len(requests), len(requests))
+        self._leave(following)
+        return following, self._instance.launch_next(step, outputs, kept, joined)
+
+    def _overlapping(self, scheduled: ScheduledStep, step: InFlightStep) -> list[StreamRequest]:
+        """The requests of a step that go on in the next one, as far as is known now.
+
+        None of them if that step cannot be launched yet.
+        """
+        if not self._instance.overlaps or step.scored:
+            return []
+        plain = [request for request in scheduled.requests if request.matcher is None]
+        if self._scheduler.following(plain) is None:
+            return []
+        for request in plain:
+            generation, active = request.generation, request.active
+            if generation is None or not generation.expects_two_more:
+                return []
+            if active is None or active.dropped:
+                return []
+        return plain

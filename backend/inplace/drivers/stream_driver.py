@@ -15,6 +15,7 @@ from time import monotonic
 
 from inplace.drivers.detokenizer import MAX_CONTEXT, TokenizerError
 from inplace.drivers.generation import FinishReason, GenerationState
+from inplace.drivers.grammars import PendingMasks, Ready, no_token_left
 from inplace.drivers.parsing import RequestParser, TokenizerConfig
 from inplace.drivers.queues import (
     FailedGenerations,
@@ -37,6 +38,10 @@ from inplace.runtime.slots import RECLAIM_INTERVAL, EndReason, SequenceId
 
 MAX_GATHER_TIME, GATHER_POLL_INTERVAL = 0.005, 0.0001
 """Seconds for which a step waits for more requests at most, and between two looks for them."""
+
+
+MASK_POLL_INTERVAL = 0.001
+"""Seconds for which arrivals may wait while the loop waits for masks of grammars."""
 
 
 SWITCH_INTERVAL = 0.0005
@@ -111,6 +116,7 @@ class StreamDriver:
                 if self._closed:
                     raise unloading()
                 requests.append(self._parser.parse(request, texts, channel))
+                self._watch_grammar(requests[-1])
             except RequestError as error:
                 self.instance.observer.request_refused(
                     request.sequence_id, request.request_id, error, end=request.end
@@ -121,6 +127,12 @@ class StreamDriver:
                 self._send_error(channel, backend_failure(error))
         if requests:
             self._engine_loop.submit(requests)
+
+    def _watch_grammar(self, request: StreamRequest) -> None:
+        """Start a request once its grammar is compiled."""
+        if request.grammar is not None and not request.grammar.done():
+            start = partial(self._engine_loop.start_compiled, request)
+            request.grammar.add_done_callback(lambda _: self._engine_loop.call(start))
 
     def end_idle(self, seconds: float) -> None:
         """End the sequences that have had no request for so many seconds, soon."""
@@ -138,6 +150,8 @@ class StreamDriver:
             self._closed = True
         self._engine_loop.close(unloading())
         self._senders.close()
+        if self._parser.grammars is not None:
+            self._parser.grammars.close()
 
     def _send_error(self, channel: Channel, error: RequestError) -> None:
         self._senders.publish([], [(Reply(channel), FinalResponse(error))])
@@ -165,7 +179,10 @@ class EngineLoop:
         self._waiting: WaitingQueue[StreamRequest] = WaitingQueue(max_waiting)
         self._calls = CallQueue(instance) if isinstance(instance, ScheduledInstance) else None
         self._scheduler = Scheduler(instance.program) if self._calls is None else self._calls
-        self._pipeline = StepPipeline(instance, self._scheduler, self._inbox.empty)
+        self._masks = PendingMasks()
+        self._pipeline = StepPipeline(
+            instance, self._scheduler, self._inbox.empty, self._receive_masks
+        )
         self._responses = ResponseBuffer(senders, instance.observer)
         self._watcher: CancellationWatcher[StreamRequest] = CancellationWatcher(
             self._inbox.put, senders.gil
@@ -235,6 +252,7 @@ class EngineLoop:
 
     def _receive(self) -> bool:
         """Handle what has arrived; wait for it if there is nothing to run. False: stop."""
+        self._receive_masks()
         busy = self._scheduler or self._pipeline
         serving = self._drain_inbox(0.0 if busy else self._instance.table.reclaim_delay())
         gather_until = monotonic() + MAX_GATHER_TIME
@@ -271,6 +289,9 @@ class EngineLoop:
 
     def _wait_for_message(self, timeout: float) -> Message:
         self._responses.flush()
+        if self._masks:
+            self._on_masks(self._masks.gather(self._gil.released, MASK_POLL_INTERVAL))
+            return self._inbox.get_nowait()
         with self._gil.released:
             return self._inbox.get(timeout=timeout)
 
@@ -329,6 +350,9 @@ class EngineLoop:
         """As `_start_next`; returns a sequence whose request has lost its place in the queue."""
         while queued := self._queues.get(sequence_id):
             request = queued[0]
+            if request.is_compiling:
+                return None  # `start_compiled` follows
+            request.start_matching()
             if self._must_wait(request):
                 self._inherit_group(request)
                 rejected = self._waiting.append(request)
@@ -343,12 +367,25 @@ class EngineLoop:
                     return rejected.sequence_id
             elif self._admit(request):
                 return None
+            self._masks.discard(request)
             self._queues.remove(request)
         return None
+
+    def start_compiled(self, request: StreamRequest) -> None:
+        """Start a request whose grammar is compiled, if it is the next of its sequence.
+
+        On the loop's thread. The request has started before if its grammar was compiled when it
+        arrived here.
+        """
+        started = request.active is not None or request in self._waiting
+        queued = self._queues.get(request.sequence_id)
+        if queued and queued[0] is request and not started:
+            self._start_next(request.sequence_id)
 
     def _remove(self, request: StreamRequest) -> None:
         """Remove a request that has been answered and start the next one of its sequence."""
         self._watcher.remove(request)
+        self._masks.discard(request)
         if self._queues.remove(request):
             self._start_next(request.sequence_id)
 
@@ -422,7 +459,12 @@ class EngineLoop:
             context := active.sequence.driver_state, list
         ):
             request.reply.context = context
-        self._scheduler.add(request)
+        if request.matcher is None:
+            self._scheduler.add(request)
+        else:
+            assert active.adjustments is not None
+            request.matcher.advance(active.adjustments.generated)
+            self._masks.add(request)
         return True
 
     def _admit_waiting(self) -> None:
@@ -464,12 +506,62 @@ class EngineLoop:
                     self._fail_generation(request, error)
                     continue
                 add_token(request, generation, text)
+                if request.matcher is not None:
+                    self._follow_grammar(request, generation, reason)
+                    continue
                 if reason is not None:
                     self._finish_generation(request, generation, reason)
                     continue
                 active.feed(token)
                 if row >= result.num_decodes:
                     self._scheduler.start_decoding(request)
+
+    # Grammars
+
+    def _follow_grammar(
+        self, request: StreamRequest, generation: GenerationState, reason: FinishReason | None
+    ) -> None:
+        """Ask for the next mask of a generation after its last token; or finish it."""
+        if reason in (FinishReason.EOS, FinishReason.STOP):
+            self._finish_generation(request, generation, reason)
+            return
+        assert request.matcher is not None
+        assert request.active is not None
+        assert generation.last_token is not None
+        self._scheduler.remove(request)
+        request.matcher.advance([generation.last_token])
+        request.active.feed(generation.last_token)
+        self._masks.add(request, reason)
+
+    def _receive_masks(self) -> None:
+        """Let the generations go on whose masks have arrived. Does not wait."""
+        self._on_masks(self._masks.receive())
+
+    def _on_masks(self, ready: list[Ready]) -> None:
+        for request, following, reason in ready:
+            active, generation = request.active, request.generation
+            assert active is not None
+            assert active.adjustments is not None
+            assert generation is not None
+            if following.error is not None:
+                self._fail_matching(request, following.error)
+            elif following.mask is None:
+                self._finish_generation(request, generation, FinishReason.STOP)
+            elif reason is not None:
+                self._finish_generation(request, generation, reason)
+            elif active.adjustments.set_mask(following.mask):
+                self._scheduler.add(request)
+            elif following.may_end:
+                self._finish_generation(request, generation, FinishReason.STOP)
+            else:
+                self._fail_matching(request, no_token_left())
+
+    def _fail_matching(self, request: StreamRequest, error: RequestError) -> None:
+        """Answer a generation whose grammar cannot be followed, and end its sequence."""
+        assert request.active is not None
+        request.active.dropped = True
+        self._instance.table.end(request.active.sequence, EndReason.ENGINE_FAILED)
+        self._finish_step(request, error)
 
     # Schedules
 
@@ -591,6 +683,7 @@ class EngineLoop:
         """Answer every request with an error; sequences with a running request end."""
         self._pipeline.drain()
         requests = self._queues.clear()
+        self._masks.discard_all(requests)
         self._waiting.clear()
         self._scheduler.clear()
         for request in requests:

@@ -75,6 +75,7 @@ class SampleOptions:
         min_p, num_logprobs, num_adjusted: ``[rows]``, float32, int32 and int32.
         adjusted_tokens: int32 ``[rows, max_adjusted]``.
         adjustments: float32 ``[rows, 3, max_adjusted]``.
+        token_mask: int32 ``[rows, words]``; a bit for each score.
         max_adjusted: extent.
         token_logprobs: float32 ``[rows, 1]``; written where ``num_logprobs`` is not 0.
         top_logprobs, top_tokens: float32 and int64 ``[rows, MAX_LOGPROBS]``; so many entries are
@@ -88,6 +89,7 @@ class SampleOptions:
     num_adjusted: Memory
     adjusted_tokens: Memory
     adjustments: Memory
+    token_mask: Memory
     max_adjusted: int
     token_logprobs: Memory
     top_logprobs: Memory
@@ -145,7 +147,7 @@ def sample(
     compiled = {"num_warps": WARPS, "maxnreg": REGISTERS, "enable_fp_fusion": False}
     launch = {"PDL": pdl, **compiled, **({"launch_pdl": True} if pdl else {})}
     memory = (scores, temperature, top_k, top_p, seeds, positions, out, workspace, locks)
-    own = (None,) * 10 if options is None else _memory(options)
+    own = (None,) * 11 if options is None else _memory(options)
     sample_kernel[(rows, splits)](
         *memory, count, split_size, *own, SPLITS=splits, SCAN_BLOCK=SCAN_BLOCK,
         MAX_ADJUSTED=0 if options is None else options.max_adjusted, **launch,
@@ -160,6 +162,7 @@ def _memory(options: SampleOptions) -> tuple[Memory, ...]:
         options.num_adjusted,
         options.adjusted_tokens,
         options.adjustments,
+        options.token_mask,
         options.token_logprobs,
         options.top_logprobs,
         options.top_tokens,

@@ -32,6 +32,7 @@ from inplace.kernels.gumbel import (
     TWO_THIRDS_BITS,
     WEIGHT_BITS,
 )
+from inplace.schema.specs import MASK_BITS
 
 CANDIDATES = 32
 """Room for the largest scores of a split; a power of two from `MAX_LOGPROBS` on."""
@@ -66,6 +67,9 @@ _WEIGHT_BITS, _MIN_EXPONENT = tl.constexpr(WEIGHT_BITS), tl.constexpr(MIN_EXPONE
 
 _NEGLIGIBLE = tl.constexpr(28.0)
 """e^-28 is less than a unit of weight."""
+
+
+_MASK_BITS = tl.constexpr(MASK_BITS)
 
 
 _MASS_UNIT = tl.constexpr(2.0**-WEIGHT_BITS)
@@ -311,18 +315,27 @@ def _best_kept(
 
 
 @triton.jit
+def _allowed(token_mask, token, present):
+    """Whether the bits of tokens are set in a mask."""
+    word = tl.load(token_mask + token // _MASK_BITS, mask=present, other=0)
+    return (word >> (token % _MASK_BITS)) & 1 != 0
+
+
+@triton.jit
 def _adjust(
-    row_scores, adjusted, begin, end, number, tokens, adjustments, MAX_ADJUSTED: tl.constexpr
-):
-    """Write the adjusted scores of a split; with a negative number all others are -inf."""
+    row_scores, adjusted, begin, end, number, tokens, adjustments, token_mask,
+    MAX_ADJUSTED: tl.constexpr,
+):  # fmt: skip
+    """Write the adjusted scores of a split; with a negative number those of the mask."""
     lane = tl.arange(0, _BLOCK)
     for start in range(begin, end, _BLOCK):
         column = start + lane
         value = tl.load(row_scores + column, mask=column < end)
-        value = tl.where(number < 0, float("-inf"), value)
+        if number < 0:
+            value = tl.where(_allowed(token_mask, column, column < end), value, float("-inf"))
         tl.store(adjusted + column, value, mask=column < end)
     tl.debug_barrier()
-    count = tl.minimum(tl.abs(number), MAX_ADJUSTED)
+    count = tl.minimum(tl.where(number < 0, -1 - number, number), MAX_ADJUSTED)
     for start in range(0, count, _BLOCK):
         entry = start + lane
         token = tl.load(tokens + entry, mask=entry < count, other=-1)
@@ -332,6 +345,8 @@ def _adjust(
         subtrahend = tl.load(adjustments + 2 * MAX_ADJUSTED + entry, mask=mine, other=0.0)
         value = tl.load(row_scores + token, mask=mine, other=0.0) + bias
         value = tl.where(value > 0.0, tl.div_rn(value, penalty), value * penalty) - subtrahend
+        if number < 0:
+            value = tl.where(_allowed(token_mask, token, mine), value, float("-inf"))
         tl.store(adjusted + token, value, mask=mine)
     tl.debug_barrier()
 
@@ -395,7 +410,7 @@ def _store_logprobs(
 @triton.jit
 def sample_kernel(
     scores, temperature, top_k, top_p, seeds, positions, out, workspace, locks, count, split_size,
-    min_p, num_logprobs, num_adjusted, adjusted_tokens, adjustments,
+    min_p, num_logprobs, num_adjusted, adjusted_tokens, adjustments, token_mask,
     token_logprobs, top_logprobs, top_tokens, candidates, adjusted_scores,
     SPLITS: tl.constexpr, SCAN_BLOCK: tl.constexpr, MAX_ADJUSTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -436,7 +451,7 @@ def sample_kernel(
             _adjust(
                 raw_scores, row_scores, begin, end, number,
                 adjusted_tokens + row * MAX_ADJUSTED, adjustments + row * 3 * MAX_ADJUSTED,
-                MAX_ADJUSTED,
+                token_mask + row * tl.cdiv(count, _MASK_BITS), MAX_ADJUSTED,
             )  # fmt: skip
         row_min_p = tl.load(min_p + row)
         if row_min_p > 0.0:

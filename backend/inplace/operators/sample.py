@@ -13,7 +13,9 @@ operator, so that a step has one kernel for all of it; a row pays for the option
 
 - *Adjusted scores.* The score s of a listed token becomes s + bias; that is divided by a penalty
   where it is positive and multiplied by it elsewhere; then a number is subtracted. Logit bias,
-  masks (a bias of -inf) and the penalties of `inplace.runtime.sampling` are such adjustments.
+  banned tokens (a bias of -inf) and the penalties of `inplace.runtime.sampling` are such
+  adjustments.
+- *A mask* has a bit for each token of the vocabulary; without it the score becomes -inf.
 - *Min-p* keeps a token whose probability is at least this part of the largest one.
 - *Log-probabilities* are those of the scores as the model gives them, before anything else.
 
@@ -37,13 +39,14 @@ from inplace.kernels.gumbel import (
     uniforms,
 )
 from inplace.operators.library import LIBRARY, define
+from inplace.schema.specs import MASK_BITS
 
 _PARAMETERS = "Tensor temperature, Tensor top_k, Tensor top_p, Tensor seeds, Tensor positions"
 
 
 _OPTIONS = (
     "Tensor min_p, Tensor num_logprobs, Tensor num_adjusted, Tensor adjusted_tokens, "
-    "Tensor adjustments"
+    "Tensor adjustments, Tensor token_mask"
 )
 
 
@@ -77,6 +80,7 @@ class _Options(NamedTuple):
     num_adjusted: Tensor
     adjusted_tokens: Tensor
     adjustments: Tensor
+    token_mask: Tensor
 
 
 def _split(arguments: tuple[Tensor, ...]) -> tuple[_Parameters, _Options]:
@@ -145,6 +149,7 @@ def _sample_options(scores: Tensor, *arguments: Tensor) -> SampledTokens:
                 int(options.num_adjusted[row]),
                 options.adjusted_tokens[row],
                 options.adjustments[row],
+                options.token_mask[row],
             )
     tokens = _choose(adjusted, parameters, options.min_p)
     out = SampledTokens(
@@ -158,14 +163,20 @@ def _sample_options(scores: Tensor, *arguments: Tensor) -> SampledTokens:
     return out
 
 
-def _adjusted_row(row: Tensor, number: int, tokens: Tensor, adjustments: Tensor) -> Tensor:
-    """The scores of a row with adjustments; of these tokens alone if the number is negative."""
-    tokens = tokens[: abs(number)].long()
+def _adjusted_row(
+    row: Tensor, number: int, tokens: Tensor, adjustments: Tensor, mask: Tensor
+) -> Tensor:
+    """The scores of a row with adjustments, and with the mask if the number is negative."""
+    tokens = tokens[: number if number >= 0 else -1 - number].long()
     bias, penalty, subtrahend = adjustments[:, : len(tokens)]
     values = row[tokens] + bias
     values = torch.where(values > 0, values / penalty, values * penalty) - subtrahend
-    out = row.clone() if number > 0 else torch.full_like(row, float("-inf"))
-    return out.scatter_(0, tokens, values)
+    out = row.scatter(0, tokens, values)
+    if number >= 0:
+        return out
+    column = torch.arange(len(row), dtype=torch.int32, device=row.device)
+    allowed = (mask[column // MASK_BITS] >> (column % MASK_BITS)) & 1
+    return out.masked_fill_(allowed == 0, float("-inf"))
 
 
 def _put_logprobs(out: SampledTokens, row: int, scores: Tensor, number: int) -> None:
@@ -201,6 +212,7 @@ def _sample_options_on_gpu(scores: Tensor, *arguments: Tensor) -> SampledTokens:
         given.num_adjusted,
         given.adjusted_tokens.contiguous(),
         given.adjustments.contiguous(),
+        given.token_mask.contiguous(),
         given.adjusted_tokens.shape[1],
         logprobs,
         top_logprobs,
@@ -305,6 +317,7 @@ def sample_with_options(
     num_adjusted: Tensor,
     adjusted_tokens: Tensor,
     adjustments: Tensor,
+    token_mask: Tensor,
 ) -> SampledTokens:
     """Each row's next token, as `sample`, from scores that may be adjusted; and log-probabilities.
 
@@ -314,10 +327,12 @@ def sample_with_options(
             least this part of the largest; 0 keeps all.
         num_logprobs: int32 ``[rows]``; 0 asks for no log-probabilities, n + 1 for those of the
             chosen token and of the n most likely ones, at most `MAX_LOGPROBS`.
-        num_adjusted: int32 ``[rows]``; how many entries the next two have. A negative number is as
-            many, and no other token may be chosen.
+        num_adjusted: int32 ``[rows]``; how many entries the next two have; ``-1 - n`` for n
+            entries and a mask.
         adjusted_tokens: int32 ``[rows, entries]``; different tokens.
         adjustments: float32 ``[rows, 3, entries]``: bias, penalty and subtrahend of each.
+        token_mask: int32 ``[rows, words]``, read only in rows with a mask: token t may be chosen if
+            bit t % 32 of word t // 32 is set.
 
     Returns:
         The same on a CPU and on a GPU; log-probabilities only of rows that ask for them.
@@ -335,6 +350,7 @@ def sample_with_options(
             num_adjusted,
             adjusted_tokens,
             adjustments,
+            token_mask,
         )
     )
 

@@ -569,7 +569,8 @@ class SampleOptionsOperation(SampleOperation):
     """``inplace::sample.options``.
 
     Inputs: those of ``inplace::sample``; min_p, num_logprobs and num_adjusted ``[rows]``,
-    adjusted_tokens ``[rows, entries]`` and adjustments ``[rows, 3, entries]``.
+    adjusted_tokens ``[rows, entries]``, adjustments ``[rows, 3, entries]`` and token_mask
+    ``[rows, words]``.
     """
 
     name: ClassVar[str] = "InplaceSampleOptions"
@@ -580,6 +581,7 @@ class SampleOptionsOperation(SampleOperation):
         torch.int32,
         torch.int32,
         torch.float32,
+        torch.int32,
     )
 
     def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
@@ -601,7 +603,7 @@ class SampleOptionsOperation(SampleOperation):
         rows, entries = call.shapes[9]
         candidates = sample_workspace(rows)
         scores = candidates + candidates_workspace(rows)
-        min_p, num_logprobs, num_adjusted, adjusted_tokens, adjustments = call.inputs[6:]
+        min_p, num_logprobs, num_adjusted, adjusted_tokens, adjustments, mask = call.inputs[6:]
         _, token_logprobs, top_logprobs, top_tokens = call.outputs
         options = SampleOptions(
             min_p,
@@ -609,6 +611,7 @@ class SampleOptionsOperation(SampleOperation):
             num_adjusted,
             adjusted_tokens,
             adjustments,
+            mask,
             entries,
             token_logprobs,
             top_logprobs,

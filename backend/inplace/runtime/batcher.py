@@ -1,9 +1,9 @@
 """The batcher: from admitted requests to the input tensors of one step, and back to responses."""
 
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -366,14 +366,40 @@ def form_batch(
     ]
     greedy = all(params is GREEDY for params in sampling_params)
     adjusted = [] if greedy else _count_decode_tokens(rows, sampling_params)
+    lengths = np.array([active.sequence.length for active in rows], dtype=np.int64)
+    columns = _position_columns(rows, lengths, None if max(waiting) == 1 else counts)
+    packed = {
+        Role.TOKENS: partial(_pack_tokens, rows=rows, counts=counts),
+        Role.FOLLOWING_TOKENS: partial(_pack_following_tokens, program, rows=rows, counts=counts),
+    }
+    inputs = _inputs(program, rows, sampling_params, adjusted, columns, packed)
+    return Batch(rows, counts, inputs, sampling_params, adjusted)
+
+
+def _inputs(
+    program: Program,
+    rows: Sequence[ActiveRequest],
+    sampling_params: list[SamplingParams],
+    adjusted: Sequence[int],
+    columns: Mapping[Role, NDArray[np.int64]],
+    packed: Mapping[Role, Callable[[TensorSpec], Tensor]],
+) -> dict[str, Tensor]:
+    """The inputs of a step.
+
+    Args:
+        program: the program that runs.
+        rows: the rows of the step.
+        sampling_params: of each row.
+        adjusted: the rows whose scores are adjusted.
+        columns: by role, the inputs that say where tokens lie.
+        packed: by role, what makes the inputs with an entry for each token.
+    """
+    greedy = all(params is GREEDY for params in sampling_params)
     adjustments = _adjustments(rows, adjusted)
-    columns = _position_columns(rows, counts, decode_only=max(waiting) == 1)
     inputs: dict[str, Tensor] = {}
     for spec in program.inputs:
-        if spec.role is Role.TOKENS:
-            inputs[spec.name] = _pack_tokens(spec, rows, counts)
-        elif spec.role is Role.FOLLOWING_TOKENS:
-            inputs[spec.name] = _pack_following_tokens(program, spec, rows, counts)
+        if spec.role in packed:
+            inputs[spec.name] = packed[spec.role](spec)
         elif spec.role in ENTRY_ROLES:
             inputs[spec.name] = torch.stack([active.inputs[spec.name] for active in rows])
         elif spec.role is Role.VALID_LENGTHS and spec.name in rows[0].inputs:
@@ -385,7 +411,7 @@ def form_batch(
             inputs[spec.name] = _greedy_values(spec.role, spec.dtype, (len(rows), *spec.shape))
         else:
             inputs[spec.name] = sampling_values(spec, sampling_params, adjustments)
-    return Batch(rows, counts, inputs, sampling_params, adjusted)
+    return inputs
 
 
 def _count_decode_tokens(
@@ -442,6 +468,40 @@ def count_tokens(
     return schedule_tokens(waiting, program.chunk, budget)
 
 
+def changed_decode_batch(
+    program: Program,
+    batch: Batch,
+    tokens: Tensor,
+    kept: Sequence[int],
+    joined: Sequence[ActiveRequest],
+) -> Batch:
+    """As `next_decode_batch`, with other rows.
+
+    Args:
+        program: the program that runs, a language model.
+        batch: the step before, in which each row has one token; it has not been advanced.
+        tokens: the sampled token of each row, ``[rows, 1]``.
+        kept: the rows of ``batch`` that go on, at least one.
+        joined: requests with a token to decode, whose sequences no step in flight has.
+    """
+    rows = [*(batch.rows[row] for row in kept), *joined]
+    ids = [int(tokens[row]) for row in kept]
+    for active in joined:
+        assert active.decode_token is not None
+        ids.append(active.decode_token)
+    lengths = np.array([active.sequence.length for active in rows], dtype=np.int64)
+    lengths[: len(kept)] += 1
+    params = [active.sampling_params for active in rows]
+    adjusted = [row for row, each in enumerate(params) if each.adjusts]
+    for row in adjusted:
+        rows[row].count(ids[row])
+    packed = torch.from_numpy(np.array(ids))
+    columns = _position_columns(rows, lengths, None)
+    pack = {Role.TOKENS: lambda spec: packed.to(spec.dtype.as_torch)}
+    inputs = _inputs(program, rows, params, adjusted, columns, pack)
+    return Batch(rows, [1] * len(rows), inputs, params, adjusted)
+
+
 def schedule_tokens(waiting: list[int], chunk: int, token_budget: int) -> list[int]:
     """How many tokens of each row a step consumes: one each, then more in order of the rows.
 
@@ -462,17 +522,16 @@ def schedule_tokens(waiting: list[int], chunk: int, token_budget: int) -> list[i
 
 
 def _position_columns(
-    rows: list[ActiveRequest], counts: list[int], *, decode_only: bool
+    rows: Sequence[ActiveRequest], lengths: NDArray[np.int64], counts: list[int] | None
 ) -> dict[Role, NDArray[np.int64]]:
     """Where the tokens of a step lie in the batch, in their sequences and in the arena, by role.
 
     Args:
         rows: the rows of the step.
-        counts: how many tokens each row has.
-        decode_only: each row has one token.
+        lengths: of their sequences, before the step.
+        counts: how many tokens each row has; None if each has one.
     """
-    lengths = np.array([active.sequence.length for active in rows], dtype=np.int64)
-    if decode_only:
+    if counts is None:
         offsets, positions, next_positions = _arange(len(rows) + 1), lengths, lengths + 1
         each = _ones(len(rows))
     else:
@@ -552,14 +611,14 @@ def sampling_values(
         case Role.NUM_ADJUSTED:
             values: list[Any] = [0 if each is None else each.number for each in adjustments]
             return torch.from_numpy(np.array(values, dtype=spec.dtype.value))
-        case Role.ADJUSTED_TOKENS | Role.ADJUSTMENTS:
-            if all(each is None for each in adjustments):
+        case Role.ADJUSTED_TOKENS | Role.ADJUSTMENTS | Role.TOKEN_MASK:
+            parts = [None if each is None else each.part(spec.role) for each in adjustments]
+            if all(part is None for part in parts):
                 return _greedy_values(spec.role, spec.dtype, (len(params), *spec.shape))
-            name = "tokens" if spec.role is Role.ADJUSTED_TOKENS else "values"
             rows = np.zeros((len(params), *spec.shape), dtype=spec.dtype.value)
-            for row, each in enumerate(adjustments):
-                if each is not None:
-                    rows[row] = getattr(each, name)
+            for row, part in enumerate(parts):
+                if part is not None:
+                    rows[row] = part
             return torch.from_numpy(rows)
         case _:
             values = [getattr(each, spec.role) for each in params]

@@ -20,6 +20,7 @@ from inplace.protocol import GROUP, LOGITS
 from inplace.runtime.batcher import (
     ActiveRequest,
     Batch,
+    changed_decode_batch,
     count_tokens,
     form_batch,
     next_decode_batch,
@@ -523,17 +524,30 @@ class ModelInstance:
         step.scored = dict(zip(scored, starts, strict=False))
         return step
 
-    def launch_next(self, step: InFlightStep, outputs: Mapping[str, Tensor]) -> InFlightStep:
+    def launch_next(
+        self,
+        step: InFlightStep,
+        outputs: Mapping[str, Tensor],
+        kept: Sequence[int] | None = None,
+        joined: Sequence[ActiveRequest] = (),
+    ) -> InFlightStep:
         """Launch the decode step after ``step``, as if each row was fed the token it has sampled.
 
         Args:
             step: a step that was waited for; each row has one token.
             outputs: its outputs, with the sampled tokens.
+            kept: the rows that go on; None for all.
+            joined: requests with a token to decode, which no step in flight has.
         """
         assert self.program.decoder_io is not None
         tokens = outputs[self.program.decoder_io[1]]
-        batch = next_decode_batch(self.program, step.batch, tokens)
-        return self._launch(self.engine.launch, batch, step.requested_outputs)
+        if kept is None and not joined:
+            batch = next_decode_batch(self.program, step.batch, tokens)
+        else:
+            kept = range(len(step.batch.rows)) if kept is None else kept
+            batch = changed_decode_batch(self.program, step.batch, tokens, kept, joined)
+        requested = step.requested_outputs.union(*(each.requested_outputs for each in joined))
+        return self._launch(self.engine.launch, batch, requested)
 
     def _launch(
         self,

@@ -67,6 +67,7 @@ class SamplingParams:
         num_generated: how many of the last tokens before the one that is chosen count as generated.
         min_tokens: before so many generated tokens none of ``end_token_ids`` may be chosen.
         end_token_ids: the tokens that would end the generation.
+        structured: a grammar says which tokens may be chosen.
     """
 
     temperature: float = 0.0
@@ -84,6 +85,7 @@ class SamplingParams:
     num_generated: int = 0
     min_tokens: int = 0
     end_token_ids: frozenset[int] = frozenset()
+    structured: bool = False
 
     @property
     def num_logprobs(self) -> int:
@@ -109,6 +111,7 @@ class SamplingParams:
             or self.allowed_token_ids
             or self.banned_token_ids
             or self.min_tokens
+            or self.structured
         )
 
     @property

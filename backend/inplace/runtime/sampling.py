@@ -5,16 +5,26 @@ list of adjusted tokens for each row that has any, and the sampling operator nee
 (docs/adr/0037-sampling-options.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import inf
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from inplace.errors import Code, RequestError
 from inplace.parameters import BY_NAME
 from inplace.protocol import ALLOWED_TOKEN_IDS, BANNED_TOKEN_IDS, NUM_GENERATED
 from inplace.runtime.requests import SamplingParams
 from inplace.schema.served import Program
+from inplace.schema.specs import MASK_BITS, Role, mask_words
+
+
+def token_mask(tokens: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
+    """The mask of these tokens: int32 ``[words]``, see `inplace.operators.sample_with_options`."""
+    bits = np.zeros(mask_words(vocab_size) * MASK_BITS, dtype=np.uint8)
+    bits[list(tokens)] = 1
+    return np.packbits(bits, bitorder="little").view("<i4")
 
 
 class ScoreAdjustments:
@@ -31,9 +41,10 @@ class ScoreAdjustments:
         max_new_tokens: the most tokens that are chosen.
 
     Attributes:
-        number: how many tokens are listed; negative if no other token may be chosen.
         tokens: int32 ``[entries]``.
         values: float32 ``[3, entries]``: bias, penalty and subtrahend of each.
+        mask: int32 ``[words]``, the tokens that may be chosen; None for all.
+        generated: the tokens before that count as generated.
 
     Raises:
         RequestError: BAD_PARAMETER, no token is left that may be chosen, or more scores may have to
@@ -54,8 +65,8 @@ class ScoreAdjustments:
         self._num_generated = 0
         self._seen = set(token_ids) if params.counts_tokens else set[int]()
         self._counts: dict[int, int] = {}
-        generated = len(token_ids) - params.num_generated
-        for token in token_ids[generated:] if params.counts_tokens else ():
+        self.generated = token_ids[len(token_ids) - params.num_generated :]
+        for token in self.generated if params.counts_tokens else ():
             self._counts[token] = self._counts.get(token, 0) + 1
         self._check_some_left(program.vocab_size)
         listed = self._listed()
@@ -65,11 +76,33 @@ class ScoreAdjustments:
         self._index: dict[int, int] = {}
         for token in listed:
             self._put(token)
+        self.mask = token_mask(self._allowed, program.vocab_size) if self._allowed else None
+        self._allowed_mask = self.mask
 
     @property
     def number(self) -> int:
         """As in `inplace.operators.sample_with_options`."""
-        return -len(self._index) if self._allowed else len(self._index)
+        return len(self._index) if self.mask is None else -1 - len(self._index)
+
+    def part(self, role: Role) -> NDArray[Any] | None:
+        """The input of a role for this row; None if it is not read."""
+        if role is Role.TOKEN_MASK:
+            return self.mask
+        if not self._index:
+            return None
+        return self.tokens if role is Role.ADJUSTED_TOKENS else self.values
+
+    def set_mask(self, mask: NDArray[np.int32]) -> bool:
+        """Set the tokens that the grammar allows next.
+
+        Returns:
+            Whether one of them may be chosen.
+        """
+        self.mask = mask if self._allowed_mask is None else mask & self._allowed_mask
+        masked = [token for token in self._index if self._bias_of(token) == -inf]
+        if not masked:
+            return bool(self.mask.any())
+        return bool((self.mask & ~token_mask(masked, len(mask) * MASK_BITS)).any())
 
     def advance(self, token: int) -> bool:
         """Count a token that was chosen; returns whether any adjustment has changed."""
@@ -87,11 +120,10 @@ class ScoreAdjustments:
 
     def _listed(self) -> list[int]:
         """The tokens that are adjusted before anything was generated."""
-        if self._allowed:
-            return sorted(self._allowed)
         seen = self._seen if self._params.repetition_penalty != 1 else self._counts.keys()
         ends = self._params.end_token_ids if self._params.min_tokens else ()
-        return sorted({*self._bias, *ends, *seen})
+        listed = {*self._bias, *ends, *seen}
+        return sorted(listed & self._allowed if self._allowed else listed)
 
     def _put(self, token: int) -> bool:
         """Set the entry of a token; returns False if the token is masked anyway."""
@@ -135,8 +167,8 @@ class ScoreAdjustments:
             )
 
     def _check_room(self, listed: int, program: Program, max_new_tokens: int) -> None:
-        new = max_new_tokens if self._params.counts_tokens and not self._allowed else 0
-        most = min(listed + new, program.vocab_size)
+        new = max_new_tokens if self._params.counts_tokens else 0
+        most = min(listed + new, len(self._allowed) or program.vocab_size)
         if most > program.max_adjusted:
             raise RequestError(
                 Code.BAD_PARAMETER,

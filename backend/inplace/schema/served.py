@@ -39,6 +39,7 @@ from inplace.schema.specs import (
     StateSpec,
     TensorSpec,
     Update,
+    mask_words,
 )
 
 FILE_NAME = "engine.json"
@@ -281,6 +282,11 @@ class Program(Record):
             raise ValueError(
                 f"program {self.name}: adjusted_tokens must be [entries] a row and adjustments "
                 f"[3, entries]; got {list(entries)} and {list(inputs[Role.ADJUSTMENTS].shape)}"
+            )
+        if inputs[Role.TOKEN_MASK].shape != (words := (mask_words(self.vocab_size),)):
+            raise ValueError(
+                f"program {self.name}: token_mask must be {list(words)} a row, a bit for each of "
+                f"{self.vocab_size} tokens; got {list(inputs[Role.TOKEN_MASK].shape)}"
             )
 
 

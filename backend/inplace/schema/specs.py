@@ -122,7 +122,10 @@ class Role(StrEnum):
     NUM_LOGPROBS = "num_logprobs"
     """From the runtime, ``[rows]``: as ``temperature``; 1 more than the parameter ``logprobs``."""
     NUM_ADJUSTED = "num_adjusted"
-    """From the runtime, ``[rows]``: how many scores of a row are adjusted; 0 for most rows."""
+    """From the runtime, ``[rows]``: how many scores of a row are adjusted; 0 for most rows.
+
+    n scores and a mask are ``-1 - n``.
+    """
     ADJUSTED_TOKENS = "adjusted_tokens"
     """From the runtime, ``[rows, entries]``: the tokens whose scores are adjusted."""
     ADJUSTMENTS = "adjustments"
@@ -132,6 +135,8 @@ class Role(StrEnum):
 
     0 behind the last one.
     """
+    TOKEN_MASK = "token_mask"
+    """From the runtime, ``[rows, words]``: the tokens that may be chosen, a bit for each."""
     VALID_LENGTHS = "valid_lengths"
     """From the runtime, ``[rows]``: how many entries each row has in the step.
 
@@ -246,9 +251,19 @@ SAMPLING_OPTION_ROLES = (
     Role.NUM_ADJUSTED,
     Role.ADJUSTED_TOKENS,
     Role.ADJUSTMENTS,
+    Role.TOKEN_MASK,
 )
 """The further inputs of `inplace.operators.sample_with_options`, in its order. A program has all of
 them or none, and with them the outputs of `LOGPROB_ROLES`."""
+
+
+MASK_BITS = 32
+"""Tokens of a word of `Role.TOKEN_MASK`."""
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of a mask of so many tokens."""
+    return -(-vocab_size // MASK_BITS)
 
 
 INITIAL_FILE = "initial.safetensors"

@@ -20,6 +20,7 @@ from inplace.schema.specs import (
     StateSpec,
     TensorSpec,
     Update,
+    mask_words,
 )
 from torch import Tensor
 from torch.export import Dim
@@ -120,9 +121,13 @@ def prompt_logprobs(scores: Tensor, following: Tensor) -> tuple[Tensor, ...]:
     return (chosen - log_sum).squeeze(1), rank, top.values - log_sum, top.indices
 
 
-def decoder_input(role: Role) -> TensorSpec:
+def decoder_input(role: Role, vocab_size: int) -> TensorSpec:
     """The description of an input that the runtime fills, which is named like its role."""
-    shapes = {Role.ADJUSTED_TOKENS: (MAX_ADJUSTED,), Role.ADJUSTMENTS: (3, MAX_ADJUSTED)}
+    shapes = {
+        Role.ADJUSTED_TOKENS: (MAX_ADJUSTED,),
+        Role.ADJUSTMENTS: (3, MAX_ADJUSTED),
+        Role.TOKEN_MASK: (mask_words(vocab_size),),
+    }
     return control_input(role.value, role, shapes.get(role, ()))
 
 
@@ -187,7 +192,7 @@ def decoder_program(
                 minimum=0,
                 maximum=vocab_size - 1,
             ),
-            *map(decoder_input, CONTROL_ROLES),
+            *(decoder_input(role, num_scores) for role in CONTROL_ROLES),
         ),
         outputs=(
             TensorSpec(
@@ -224,7 +229,7 @@ def prompt_program(step: Program, num_scores: int) -> Program:
     return step.model_copy(
         update={
             "name": PROMPT_LOGPROBS,
-            "inputs": (*step.inputs, decoder_input(Role.FOLLOWING_TOKENS)),
+            "inputs": (*step.inputs, decoder_input(Role.FOLLOWING_TOKENS, num_scores)),
             "outputs": (*step.outputs, *prompt_outputs(num_scores)),
         }
     )
@@ -297,6 +302,7 @@ class StepExamples:
 
     options: DecoderOptions
     states: tuple[StateSpec, ...]
+    num_scores: int
     scores_prompt: bool = False
 
     def inputs(self) -> tuple[Tensor, ...]:
@@ -320,7 +326,7 @@ class StepExamples:
             torch.full((rows,), position, dtype=torch.int32),
             *(
                 torch.zeros((rows, *spec.shape), dtype=spec.dtype.as_torch)
-                for spec in map(decoder_input, SAMPLING_INPUTS)
+                for spec in (decoder_input(role, self.num_scores) for role in SAMPLING_INPUTS)
             ),
             *([torch.zeros_like(ids, dtype=torch.int32)] if self.scores_prompt else ()),
         )

@@ -102,7 +102,8 @@ def capture_exported_decoder(
     decoder = prove_decoder(graph_module, states, num_outputs, frozenset(assume_consecutive))
     caches = _layer_caches(decoder, options)
     cache_specs = cache_states(dict(enumerate(caches)), options)
-    program = decoder_program(decoder.vocab_size, int(shape(decoder.logits)[-1]), options)
+    num_scores = int(shape(decoder.logits)[-1])
+    program = decoder_program(decoder.vocab_size, num_scores, options)
     reference = _SequenceReference(original, functional, decoder)
     # 6. Rewrite it to packed rows, and drop what nothing uses any more.
     packed = pack_rows(
@@ -113,7 +114,7 @@ def capture_exported_decoder(
     )
     drop_dead_assertions(packed.graph)
     # 7. Export it again, with dynamic numbers of tokens, rows and slots.
-    exported = _export_packed(packed, StepExamples(options, cache_specs))
+    exported = _export_packed(packed, StepExamples(options, cache_specs, num_scores))
     # 8. Clean the graph, check it against the description, read off what it writes.
     program, lowering = complete_program(exported, program, cache_specs)
     return Capture(

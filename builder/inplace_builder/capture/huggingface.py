@@ -147,10 +147,11 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         # 2. Export one step, with attention, caches and experts replaced by ours.
         rings = {layer: cache.is_ring(options) for layer, cache in caches.items()}
         step = DecoderStep(model, layers.by_layer, rings, call, layers.num_logits == 1)
-        steps = [(step, StepExamples(options, states))]
+        size = config.vocab_size
+        steps = [(step, StepExamples(options, states, size))]
         if options.prompt_logprobs:
             scoring = PromptStep(model, layers.by_layer, rings, call, step.selects_logits)
-            steps.append((scoring, StepExamples(options, states, scores_prompt=True)))
+            steps.append((scoring, StepExamples(options, states, size, scores_prompt=True)))
         all_exported = [_export_step(*each) for each in steps]
     for (exported, drops_branch), (_, examples) in zip(all_exported, steps, strict=True):
         if call.own_attention:
@@ -170,7 +171,6 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
             f"{type(model).__name__} lets tokens see later ones that are fed with them, so there "
             f"are no log-probabilities given only those before: leave prompt_logprobs out"
         )
-    size = config.vocab_size
     program = decoder_program(size, size, options, lookahead=lookahead)
     notes = _lookahead_note(options) if lookahead else {}
     if latents := describe_latents(expansions):
@@ -436,6 +436,7 @@ class DecoderStep(torch.nn.Module):
         num_adjusted: Tensor,
         adjusted_tokens: Tensor,
         adjustments: Tensor,
+        token_mask: Tensor,
         key_states: dict[int, Tensor],
         value_states: dict[int, Tensor],
         index_states: dict[int, Tensor],
@@ -471,6 +472,7 @@ class DecoderStep(torch.nn.Module):
             num_adjusted,
             adjusted_tokens,
             adjustments,
+            token_mask,
         )
         return token, logits, *logprobs
 
@@ -538,6 +540,7 @@ class PromptStep(DecoderStep):
         num_adjusted: Tensor,
         adjusted_tokens: Tensor,
         adjustments: Tensor,
+        token_mask: Tensor,
         following_tokens: Tensor,
         key_states: dict[int, Tensor],
         value_states: dict[int, Tensor],
@@ -570,6 +573,7 @@ class PromptStep(DecoderStep):
             num_adjusted,
             adjusted_tokens,
             adjustments,
+            token_mask,
         )
         return token, logits, *logprobs, *prompt_logprobs(every, following_tokens)
 

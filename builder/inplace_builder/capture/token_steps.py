@@ -266,7 +266,7 @@ def _export(
     scores_prompt = Role.FOLLOWING_TOKENS in names
     # from 2 rows: torch's own bookkeeping of strides tells 1 apart, which changes no operator
     sizes = replace(options, max_rows=max(3, options.max_rows))
-    examples = StepExamples(sizes, states, scores_prompt)
+    examples = StepExamples(sizes, states, program.vocab_size, scores_prompt)
     input_shapes = dict(zip(names, examples.input_shapes(min_rows=2), strict=True))
     shapes = (input_shapes, examples.memory_shapes())
     arguments = (dict(zip(names, examples.inputs(), strict=True)), examples.memory())

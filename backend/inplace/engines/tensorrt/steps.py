@@ -41,7 +41,7 @@ ALIGNMENT = 256
 """Bytes; TensorRT requires every binding at a multiple."""
 
 
-ADJUSTMENT_ROLES = (Role.ADJUSTED_TOKENS, Role.ADJUSTMENTS)
+ADJUSTMENT_ROLES = (Role.ADJUSTED_TOKENS, Role.ADJUSTMENTS, Role.TOKEN_MASK)
 """Roles of inputs that lie in `AdjustmentBuffers`."""
 
 
@@ -233,8 +233,8 @@ class InputBuffers:
 class AdjustmentBuffers:
     """The inputs that say how scores are adjusted: large, and used by few requests.
 
-    All captured sizes share one buffer. A step uploads it only if it has rows that use it and they
-    have changed.
+    All captured sizes share one buffer. A step uploads the lists only if it has rows with entries,
+    the masks only if it has rows with masks, and both only if they have changed.
 
     Args:
         program: the program whose inputs they are.
@@ -258,7 +258,8 @@ class AdjustmentBuffers:
             }
             for place in (torch.device("cpu"), device)
         )
-        self._uploaded: Mapping[str, Tensor] = {}
+        self._masks = [spec.name for spec in specs if spec.role is Role.TOKEN_MASK]
+        self._uploaded: dict[str, Tensor] = {}
 
     def tensors(self, rows: int) -> dict[str, Tensor]:
         """The device tensors of so many rows by name; their addresses never change."""
@@ -266,16 +267,22 @@ class AdjustmentBuffers:
 
     def upload(self, inputs: Mapping[str, Tensor]) -> None:
         """Copy a step's inputs to the device, on the current stream, if that is needed."""
-        if self._num_adjusted is None or not inputs[self._num_adjusted].numpy().any():
+        if self._num_adjusted is None:
             return
-        sources = {name: inputs[name] for name in self._host}
-        if all(source is self._uploaded.get(name) for name, source in sources.items()):
+        numbers = inputs[self._num_adjusted].numpy()
+        if not numbers.any():
             return
-        for name, source in sources.items():
-            rows = len(source)
-            self._host[name][:rows].copy_(source)
-            self._device[name][:rows].copy_(self._host[name][:rows], non_blocking=True)
-        self._uploaded = sources
+        masked = numbers < 0
+        listed = (numbers != 0) & (numbers != -1)
+        for name in self._host:
+            used = (masked if name in self._masks else listed).nonzero()[0]
+            source = inputs[name]
+            if not len(used) or source is self._uploaded.get(name):
+                continue
+            rows = slice(int(used[0]), int(used[-1]) + 1)
+            self._host[name][rows].copy_(source[rows])
+            self._device[name][rows].copy_(self._host[name][rows], non_blocking=True)
+            self._uploaded[name] = source
 
 
 def _numpy_views(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:

@@ -21,6 +21,7 @@ from inplace_builder.choices import Device, EngineChoice, Mechanism, Precision, 
 from inplace_builder.errors import BuildError
 
 if TYPE_CHECKING:
+    from inplace_builder.served.options import BuildOptions
     from inplace_builder.tools.one_command import FrontProcess
     from inplace_builder.tools.tritonserver import TritonServer
 
@@ -281,8 +282,14 @@ def serve(
         Precision | None,
         typer.Option(help="Element type of MODEL; default: float32 on a CPU, bfloat16 on a GPU."),
     ] = None,
-    capacity: Annotated[int, typer.Option(help="Positions that a sequence of MODEL holds.")] = 2048,
+    capacity: Annotated[int, typer.Option(help="Positions that a sequence of MODEL holds.")] = 1024,
     slots: Annotated[int, typer.Option(help="Sequences of MODEL that live at the same time.")] = 8,
+    prompt_logprobs: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-logprobs", help="Build MODEL for log-probabilities of prompts (echo)."
+        ),
+    ] = False,
     host: Annotated[str, typer.Option(help="Address that tritonserver listens on.")] = "127.0.0.1",
     grpc_port: Annotated[
         int, typer.Option(help="Port of the gRPC endpoint; 0 chooses a free one.")
@@ -316,7 +323,8 @@ def serve(
         arguments, model = [model, *arguments], None
     if model is not None:
         with _errors("serve", "builder"):
-            model_repository = _built(Path(model), cache, dtype, capacity, slots)
+            options = _build_options(dtype, capacity, slots, prompt_logprobs=prompt_logprobs)
+            model_repository = _built(Path(model), cache, options)
     with _errors("serve", "server"):
         from inplace_builder.tools.one_command import FrontOptions, FrontProcess
         from inplace_builder.tools.tritonserver import Ports, TritonServer
@@ -344,26 +352,26 @@ def serve(
                 console.print(f"model {name} could not be loaded: {reason}", soft_wrap=True)
             front = None
             if openai if openai is not None else model is not None:
-                options = FrontOptions(openai_host, openai_port, keys)
-                front = FrontProcess(options, server.grpc_url, model_repository)
+                front = FrontProcess(
+                    FrontOptions(openai_host, openai_port, keys), server.grpc_url, model_repository
+                )
                 stack.enter_context(front)
-                console.print(f"OpenAI's protocol: {options.url}/v1", soft_wrap=True)
+                console.print(f"OpenAI's protocol: {front.options.url}/v1", soft_wrap=True)
             _wait(server, front)
 
 
-def _built(
-    model: Path, cache: Path | None, dtype: Precision | None, capacity: int, slots: int
-) -> Path:
-    """The model repository with a model, built if it is not in the cache yet."""
+def _build_options(
+    dtype: Precision | None, capacity: int, slots: int, *, prompt_logprobs: bool
+) -> "BuildOptions":
+    """The options of a build for this machine."""
     from inplace.schema.specs import Dtype
 
     from inplace_builder.served.choose import first_engine
     from inplace_builder.served.options import BuildOptions
-    from inplace_builder.tools.one_command import build_cached, default_cache
 
     engine = first_engine(None)
     on_gpu = engine != "torch"
-    options = BuildOptions(
+    return BuildOptions(
         dtype=Dtype(dtype or ("bfloat16" if on_gpu else "float32")),
         device="cuda" if on_gpu else "cpu",
         engine=engine,
@@ -371,7 +379,14 @@ def _built(
         slots=slots,
         max_rows=min(slots, 8),
         serve="stream",
+        prompt_logprobs=prompt_logprobs,
     )
+
+
+def _built(model: Path, cache: Path | None, options: "BuildOptions") -> Path:
+    """The model repository with a model, built if it is not in the cache yet."""
+    from inplace_builder.tools.one_command import build_cached, default_cache
+
     with _stages() as stage:
         folder = build_cached(
             model,
@@ -570,10 +585,9 @@ def transcribe(
     """Send a recording to a served speech model and print its words as they come."""
     with _errors("transcribe", "speech"):
         from inplace.client import Client, Sequence
+        from inplace.client.recordings import AudioFormat, cut, read_recording, words
         from tritonclient.grpc import InferenceServerClient
         from tritonclient.utils import InferenceServerException
-
-        from inplace_builder.tools.transcribe import AudioFormat, cut, read_recording, words
 
         try:
             with InferenceServerClient(server) as connection:

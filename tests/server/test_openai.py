@@ -1,7 +1,10 @@
 """The OpenAI front end over a real server, through OpenAI's own client."""
 
+import base64
+import hashlib
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -161,6 +164,43 @@ def test_logprobs_are_those_of_the_eager_model(served: Served, client: openai.Op
     assert streamed == [entry.logprob for entry in entries]
 
 
+def test_echo_with_logprobs_has_those_of_the_prompt(served: Served, client: openai.OpenAI) -> None:
+    """What lm-eval asks for."""
+    text = "Derivative Works, né"
+    ids = tiny_tokenizer().encode(text).ids
+    expected = greedy(served.llama, ids, 1)
+    reference = logprobs_of(served, ids)
+    options: Any = {"model": MODEL, "prompt": [text, "the"], "echo": True, "logprobs": 2}
+    options |= {"max_tokens": 1, "temperature": 0}
+    answer = client.completions.create(**options)
+    [choice, other] = answer.choices
+    assert choice.text == text + added(ids, expected)
+    logprobs = choice.logprobs
+    assert logprobs is not None
+    assert other.logprobs is not None
+    assert logprobs.token_logprobs is not None
+    assert logprobs.top_logprobs is not None
+    assert logprobs.text_offset is not None
+    first, *values = logprobs.token_logprobs
+    assert (first, logprobs.top_logprobs[0]) == (None, None)
+    own = reference.gather(1, torch.tensor([*ids[1:], *expected])[:, None])
+    assert values == pytest.approx(own.flatten().tolist(), abs=1e-4)
+    best = reference.max(-1).values.tolist()
+    assert [max(top.values()) for top in logprobs.top_logprobs[1:]] == pytest.approx(best, abs=1e-4)
+    for token, offset in zip(logprobs.tokens or (), logprobs.text_offset, strict=True):
+        assert choice.text[offset:].startswith(token) or token == "<s>" or "bytes:" in token
+    assert logprobs.text_offset[-1] == len(text)
+    chunks = list(client.completions.create(**options, stream=True))
+    streamed = [
+        value
+        for chunk in chunks
+        for choice in chunk.choices
+        if choice.index == 0 and choice.logprobs is not None
+        for value in choice.logprobs.token_logprobs or ()
+    ]
+    assert streamed == logprobs.token_logprobs
+
+
 def test_options_reach_the_sampler(served: Served, client: openai.OpenAI) -> None:
     ids = tiny_tokenizer().encode("Derivative Works").ids
     plain = greedy(served.llama, ids, 1)[0]
@@ -270,8 +310,6 @@ def test_errors_have_the_types_of_openais_client(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=MODEL, prompt=[5] * (CAPACITY + 1))
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="needs log-probabilities of the prompt"):
-        client.completions.create(model=MODEL, prompt="a", echo=True, logprobs=1)
     with pytest.raises(openai.BadRequestError, match="at most 6"):
         client.completions.create(model=MODEL, prompt=["a"] * 7)
     with pytest.raises(openai.BadRequestError, match="at most 8"):
@@ -392,3 +430,19 @@ def test_sigterm_lets_requests_finish(served: Served, stream_models: Path) -> No
         assert process.wait(timeout=30) == 0
         with pytest.raises(OSError, match="refused"):
             Front(port).send("/health")
+
+
+def test_the_chat_page_runs_nothing_but_its_own_script(front: Front) -> None:
+    status, headers, page = front.send("/")
+    assert status == 200
+    assert headers["content-type"] == "text/html; charset=utf-8"
+    [script] = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = headers["content-security-policy"]
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", page)
+    assert not re.search(r"https?://|<link|<img|<iframe| on\w+=", page)
+    assert front.send("/", Host="evil.example")[0] == 421

@@ -1,23 +1,29 @@
 """Whisper as a stream on a real tritonserver: clients at once, and the command `transcribe`."""
 
+import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import soundfile
 from inplace.client import Client, RefusedError, Sequence
+from inplace.openai import Frontend, Limits
 from inplace_builder import BuildOptions, build_model
 from inplace_builder.__main__ import app
 from inplace_builder.tools.tritonserver import TritonServer
 from support.engines import Engines
+from support.fronts import running
 from support.pool import Deployment, ServerPool
 from support.whisper import (
     RATE,
     SECONDS,
     SOURCE,
+    Samples,
     audio,
     generated,
     save_whisper,
@@ -113,3 +119,53 @@ def test_the_command_prints_the_words_of_a_recording(
     assert result.output.strip("\n") == text
     wrong = CliRunner().invoke(app, ["transcribe", server.grpc_url, "other", str(path)])
     assert wrong.exit_code == 1
+
+
+def recording(samples: Samples, rate: int = RATE, channels: int = 1) -> tuple[str, bytes]:
+    file = io.BytesIO()
+    soundfile.write(file, np.stack([samples] * channels, 1), rate, format="WAV", subtype="FLOAT")
+    return "recording.wav", file.getvalue()
+
+
+def test_the_openai_front_end_transcribes(
+    server: TritonServer, model: WhisperForConditionalGeneration, pool: ServerPool
+) -> None:
+    samples = audio(4)
+    tokens = generated(model, samples, {"language": "fr"})
+    first = whisper_tokenizer().convert_tokens_to_ids("<|0.00|>")
+    text = whisper_tokenizer().decode([token for token in tokens if token < first])
+    limits = Limits(audio_seconds=2 * SECONDS, audio_bytes=1 << 20)
+    frontend = Frontend([server.grpc_url], pool.repository, limits=limits)
+    with running(frontend) as front, front.client() as client:
+        create = client.audio.transcriptions.create
+        options: Any = {"model": MODEL, "language": "fr"}
+        whole = create(**options, file=recording(samples, channels=2))
+        assert whole.text == text
+        assert whole.usage is not None
+        assert whole.usage.to_dict() == {"type": "duration", "seconds": SECONDS}
+        events = list(create(**options, file=recording(samples), stream=True))
+        assert "".join(event.delta for event in events[:-1]) == text
+        assert events[-1].text == text
+        plain = create(**options, file=recording(samples), response_format="text")
+        assert plain == text
+        for file, more, message in (
+            (recording(samples, 44100), {}, "resample it"),
+            (recording(audio(0, 3 * SECONDS)), {}, "longer than 2 s"),
+            (recording(samples, channels=9), {}, "at most 8"),
+            (("a.wav", b"no sound"), {}, "cannot be read as audio"),
+            (recording(samples), {"language": "xx"}, "xx"),
+            (recording(samples), {"prompt": "names"}, "not supported"),
+            (recording(samples), {"extra_body": {"speed": 2}}, "not one that this server knows"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=message):
+                create(**(options | more), file=file)
+        with pytest.raises(openai.BadRequestError, match="/v1/audio/transcriptions"):
+            client.completions.create(model=MODEL, prompt="a")
+        with pytest.raises(openai.APIStatusError, match="more than 1048576 bytes") as caught:
+            create(**options, file=("a.wav", b"0" * (1 << 20)))
+        assert caught.value.status_code == 413
+        assert front.send("/v1/audio/transcriptions", b"{}")[0] == 415
+        broken = front.send(
+            "/v1/audio/transcriptions", b"--", Content_Type="multipart/form-data; boundary=x"
+        )
+        assert broken[0] == 400

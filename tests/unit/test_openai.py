@@ -11,6 +11,7 @@ import pytest
 from inplace.drivers.detokenizer import TokenizerError
 from inplace.errors import LoadError
 from inplace.openai import keys, schemas
+from inplace.openai.audio import TranscriptionRequest
 from inplace.openai.errors import ApiError
 from inplace.openai.keys import Keys, new_key
 from inplace.openai.replicas import Replicas
@@ -41,6 +42,7 @@ def treatment(model: type[BaseModel], field: str) -> str:
         ("sampling", schemas.SamplingRequest, BaseModel),
         ("chat", schemas.ChatRequest, schemas.SamplingRequest),
         ("completion", schemas.CompletionRequest, schemas.SamplingRequest),
+        ("transcription", TranscriptionRequest, BaseModel),
     ],
 )
 def test_the_page_has_every_field_and_what_happens_to_it(

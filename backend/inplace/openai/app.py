@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import math
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -13,15 +14,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from inplace.client.recordings import Samples
 from inplace.drivers.detokenizer import TokenizerError
+from inplace.openai.audio import TranscriptionRequest, decode, read_form, words
 from inplace.openai.chat import chat_prompt, check_supported
 from inplace.openai.errors import ApiError
 from inplace.openai.gate import Gate, error_response
-from inplace.openai.generations import Generation, Generations, check_value, generations_of
+from inplace.openai.generations import Generation, Generations, Part, check_value, generations_of
 from inplace.openai.keys import Keys
 from inplace.openai.limits import Limits, check_counts, read_body
 from inplace.openai.metrics import Metrics
-from inplace.openai.models import ServedModel
+from inplace.openai.models import ServedModel, SpeechModel
+from inplace.openai.page import ChatPage
 from inplace.openai.replicas import Replicas
 from inplace.openai.responses import Answer, ChatAnswer, CompletionAnswer
 from inplace.openai.schemas import ChatRequest, CompletionRequest, SamplingRequest
@@ -44,7 +48,7 @@ class FrontEnd:
     def __init__(
         self,
         replicas: Replicas,
-        models: Mapping[str, ServedModel],
+        models: Mapping[str, ServedModel | SpeechModel],
         limits: Limits,
         metrics: Metrics,
     ) -> None:
@@ -55,12 +59,14 @@ class FrontEnd:
     def routes(self) -> list[Route]:
         """Paths and what answers them."""
         return [
+            Route("/", ChatPage().get),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{model:path}", self.get_model),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/audio/transcriptions", self.transcribe, methods=["POST"]),
         ]
 
     @contextlib.asynccontextmanager
@@ -88,7 +94,7 @@ class FrontEnd:
 
     async def get_model(self, request: Request) -> Response:
         """One model."""
-        return JSONResponse(_card(self._model(request.path_params["model"])))
+        return JSONResponse(_card(self._any_model(request.path_params["model"])))
 
     async def chat(self, request: Request) -> Response:
         """A chat's next message."""
@@ -134,14 +140,6 @@ class FrontEnd:
         if body.logprobs is not None:
             check_value("logprobs", body.logprobs)
         _check_max_tokens(body.max_tokens, "max_tokens")
-        if body.echo and body.logprobs is not None:
-            raise ApiError(
-                400,
-                "echo with logprobs needs log-probabilities of the prompt, which this server does "
-                "not have: leave out one of them",
-                param="echo",
-                code="unsupported_value",
-            )
         prompts = await asyncio.to_thread(_token_ids, model, texts, body.add_special_tokens)
         generations = generations_of(
             body,
@@ -149,6 +147,7 @@ class FrontEnd:
             prompts,
             max_tokens=body.max_tokens or DEFAULT_COMPLETION_TOKENS,
             logprobs=body.logprobs,
+            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
             stop_token_ids=(),
             group=_group(request),
             request_id=request.state.request_id,
@@ -168,6 +167,41 @@ class FrontEnd:
             logprobs=body.logprobs is not None,
         )
         return await self._answer(request, body, model, generations, answer)
+
+    async def transcribe(self, request: Request) -> Response:
+        """The words of a recording."""
+        form, content = await read_form(request, self._limits.audio_bytes)
+        model = self._any_model(form.model)
+        if not isinstance(model, SpeechModel):
+            raise ApiError(
+                400,
+                f"{form.model!r} is no speech model",
+                param="model",
+                code="invalid_value",
+            )
+        rate = model.format.rate
+        samples = await asyncio.to_thread(decode, content, rate, self._limits.audio_seconds)
+        pieces = self._words(request, model, samples, form)
+        usage = {"type": "duration", "seconds": math.ceil(len(samples) / rate)}
+        if form.stream:
+            events = _transcript_events(pieces, usage)
+            first = await until_disconnect(request.receive, _next(events))
+            return self._gone() if first is None else EventStream(events, first)
+        text = await until_disconnect(request.receive, _joined(pieces))
+        if text is None:
+            return self._gone()
+        if form.response_format == "text":
+            return PlainTextResponse(text)
+        return JSONResponse({"text": text, "usage": usage})
+
+    async def _words(
+        self, request: Request, model: SpeechModel, samples: Samples, form: TranscriptionRequest
+    ) -> AsyncGenerator[str, None]:
+        options = {} if form.language is None else {"language": form.language}
+        affinity = str(request.state.request_id).encode()
+        async with self._replicas.sequence(model.name, affinity) as sequence:
+            async for piece in words(sequence, samples, model.format, options):
+                yield piece
 
     async def _answer(
         self,
@@ -193,17 +227,17 @@ class FrontEnd:
         model: ServedModel,
         generations: list[Generation],
         answer: Answer,
-    ) -> AsyncIterator[Any]:
-        """The pieces of all generations, counted."""
+    ) -> AsyncGenerator[Part, None]:
+        """The parts of all generations, counted."""
         first = True
         try:
             async with Generations(self._replicas, model.name, generations) as pieces:
-                async for index, piece in pieces:
-                    if first and piece.tokens:
+                async for part in pieces:
+                    if first and part.piece.tokens:
                         first = False
                         seconds = time.monotonic() - request.state.begin
                         self._metrics.first_token_seconds.add(seconds)
-                    yield index, piece
+                    yield part
         finally:
             usage = answer.usage
             self._metrics.prompt_tokens += usage["prompt_tokens"]
@@ -218,11 +252,9 @@ class FrontEnd:
         generations: list[Generation],
         answer: Answer,
     ) -> dict[str, Any]:
-        async with contextlib.aclosing(
-            self._pieces(request, model, generations, answer)  # type: ignore[type-var]
-        ) as pieces:
-            async for index, piece in pieces:
-                answer.add(index, piece)
+        async with contextlib.aclosing(self._pieces(request, model, generations, answer)) as pieces:
+            async for part in pieces:
+                answer.add(part)
         return answer.whole()
 
     async def _events(
@@ -234,13 +266,9 @@ class FrontEnd:
         *,
         usage: bool,
     ) -> AsyncIterator[bytes]:
-        async with contextlib.aclosing(
-            self._pieces(request, model, generations, answer)  # type: ignore[type-var]
-        ) as pieces:
-            async for index, piece in pieces:
-                if events := b"".join(
-                    event(chunk) for chunk in answer.chunks(index, piece, usage=usage)
-                ):
+        async with contextlib.aclosing(self._pieces(request, model, generations, answer)) as pieces:
+            async for part in pieces:
+                if events := b"".join(event(one) for one in answer.chunks(part, usage=usage)):
                     yield events
         if usage:
             yield event(answer.usage_chunk())
@@ -252,6 +280,17 @@ class FrontEnd:
         return Response(status_code=499)
 
     def _model(self, name: str) -> ServedModel:
+        model = self._any_model(name)
+        if isinstance(model, SpeechModel):
+            raise ApiError(
+                400,
+                f"{name!r} is a speech model: send a recording to /v1/audio/transcriptions",
+                param="model",
+                code="invalid_value",
+            )
+        return model
+
+    def _any_model(self, name: str) -> ServedModel | SpeechModel:
         if name not in self._models:
             raise ApiError(
                 404,
@@ -264,7 +303,7 @@ class FrontEnd:
 
 def create_app(
     replicas: Replicas,
-    models: Mapping[str, ServedModel],
+    models: Mapping[str, ServedModel | SpeechModel],
     *,
     limits: Limits | None = None,
     keys: Keys | None = None,
@@ -314,11 +353,28 @@ async def _answer_failure(request: Request, error: Exception) -> Response:
     return error_response(ApiError(500, "the front end failed; its log says why"))
 
 
+async def _joined(pieces: AsyncGenerator[str, None]) -> str:
+    async with contextlib.aclosing(pieces):
+        return "".join([piece async for piece in pieces])
+
+
+async def _transcript_events(
+    pieces: AsyncGenerator[str, None], usage: dict[str, Any]
+) -> AsyncIterator[bytes]:
+    texts = []
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            texts.append(piece)
+            yield event({"type": "transcript.text.delta", "delta": piece})
+    done = {"type": "transcript.text.done", "text": "".join(texts), "usage": usage}
+    yield event(done)
+
+
 async def _next(events: AsyncIterator[bytes]) -> bytes:
     return await anext(events)
 
 
-def _card(model: ServedModel) -> dict[str, Any]:
+def _card(model: ServedModel | SpeechModel) -> dict[str, Any]:
     return {
         "id": model.name,
         "object": "model",

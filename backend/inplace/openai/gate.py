@@ -18,8 +18,8 @@ from inplace.openai.metrics import Metrics
 
 log = logging.getLogger("inplace.openai")
 
-OPEN = ("/health",)
-"""Paths that need no key: probes have none."""
+OPEN = ("/", "/health")
+"""Paths that need no key: the page, which asks for one, and probes."""
 
 METRICS = "/metrics"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
 
-from inplace.client import ClientError, GenerationOptions, Piece
+from inplace.client import ClientError, GenerationOptions, Piece, PromptLogprob
 from inplace.errors import RequestError
 from inplace.openai.errors import ApiError, of_client, of_parameter
 from inplace.openai.models import ServedModel
@@ -70,6 +70,7 @@ def generations_of(
     *,
     max_tokens: int | None,
     logprobs: int | None,
+    prompt_logprobs: bool = False,
     stop_token_ids: Sequence[int],
     group: str,
     request_id: str,
@@ -82,6 +83,7 @@ def generations_of(
         prompts: token ids.
         max_tokens: most tokens of each; None for as many as fit.
         logprobs: how many of the most likely tokens to return; None for no log-probabilities.
+        prompt_logprobs: whether to return the same of the prompts' tokens.
         stop_token_ids: tokens that end each of them.
         group: shares places in the queue with the requests of the same group.
         request_id: for logs and errors.
@@ -90,6 +92,8 @@ def generations_of(
         ApiError: a field has a value that is not allowed.
     """
     options = _options(request, logprobs, stop_token_ids) | {"group": group}
+    if prompt_logprobs:
+        options["prompt_logprobs"] = logprobs or 0
     seed = request.seed if request.seed is not None else secrets.randbits(62)
     made: list[Generation] = []
     for prompt in prompts:
@@ -159,8 +163,23 @@ def _most_tokens(model: ServedModel, prompt: list[int]) -> int:
     return max(1, model.capacity - len(prompt))
 
 
+@dataclass(frozen=True)
+class Part:
+    """A piece of a choice.
+
+    Attributes:
+        index: of the choice.
+        piece: the piece.
+        prompt: the log-probabilities of the prompt's tokens, with the first piece.
+    """
+
+    index: int
+    piece: Piece
+    prompt: Sequence[PromptLogprob] = ()
+
+
 class Generations:
-    """Generations that run at the same time: an asynchronous iterator of (index, piece).
+    """Generations that run at the same time: an asynchronous iterator of their parts.
 
     Inside its block; leaving that cancels those that still run.
 
@@ -172,7 +191,7 @@ class Generations:
 
     def __init__(self, replicas: Replicas, model: str, generations: Sequence[Generation]) -> None:
         self._replicas, self._model, self._generations = replicas, model, generations
-        self._pieces: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue(MAX_PIECES)
+        self._pieces: asyncio.Queue[Part | Exception] = asyncio.Queue(MAX_PIECES)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -189,29 +208,33 @@ class Generations:
             task.cancel()
         await asyncio.wait(self._tasks)
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def __aiter__(self) -> AsyncIterator[Part]:
         running = len(self._generations)
         while running:
             result = await self._pieces.get()
             if isinstance(result, Exception):
                 raise result
-            running -= bool(result[1].finish_reason)
+            running -= bool(result.piece.finish_reason)
             yield result
 
     async def _run(self, generation: Generation) -> None:
         try:
             async with self._replicas.sequence(self._model, generation.affinity) as sequence:
-                async for piece in sequence.generate(
+                running = sequence.generate(
                     generation.prompt,
                     generation.max_tokens,
                     stop=generation.stop,
                     end=True,
                     request_id=f"{generation.request_id}-{generation.index}",
                     **generation.options,
-                ):
+                )
+                first = True
+                async for piece in running:
                     if piece.finish_reason in ("cancelled", "ended"):
                         raise ApiError(503, "the server ended the generation", code="server_gone")
-                    await self._pieces.put((generation.index, piece))
+                    prompt = running.prompt_logprobs if first else ()
+                    first = False
+                    await self._pieces.put(Part(generation.index, piece, prompt))
         except ClientError as error:
             await self._pieces.put(of_client(error))
         except Exception as error:

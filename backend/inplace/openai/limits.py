@@ -17,19 +17,21 @@ class Limits:
 
     Attributes:
         body_bytes: of a request's body.
+        audio_bytes: of the body of a transcription.
+        audio_seconds: of a recording.
         choices: ``n``.
         prompts: of one completion.
         generations: ``n`` times the prompts.
         requests: in flight at the same time.
-        message_count: messages of a chat.
     """
 
     body_bytes: int = 4 << 20
+    audio_bytes: int = 32 << 20
+    audio_seconds: float = 1800.0
     choices: int = 16
     prompts: int = 64
     generations: int = 64
     requests: int = 1024
-    message_count: int = 4096
 
 
 async def read_body(request: Request, model: type[Body], limits: Limits) -> Body:

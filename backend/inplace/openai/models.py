@@ -8,6 +8,7 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from inplace.client.recordings import AudioFormat
 from inplace.drivers.detokenizer import TOKENIZER_FOLDER, load_tokenizer
 from inplace.errors import LoadError
 from inplace.openai.templates import ChatTemplate, TemplateError
@@ -50,8 +51,25 @@ class ServedModel:
     created: int
 
 
-def load_models(repository: Path | str) -> dict[str, ServedModel]:
-    """The language models of a repository that are served as streams, by name.
+@dataclass(frozen=True)
+class SpeechModel:
+    """A speech model that is served as a stream and answers with text.
+
+    Attributes:
+        name: of the model in tritonserver.
+        format: what it takes.
+        created: when it was built, in seconds since 1970.
+        capacity: None; its sequences do not consist of tokens.
+    """
+
+    name: str
+    format: AudioFormat
+    created: int
+    capacity: None = None
+
+
+def load_models(repository: Path | str) -> dict[str, ServedModel | SpeechModel]:
+    """The language and speech models of a repository that are served as streams, by name.
 
     Raises:
         LoadError: there is none, or one cannot be read.
@@ -61,31 +79,36 @@ def load_models(repository: Path | str) -> dict[str, ServedModel]:
     models = [model for folder in folders if (model := _load(folder)) is not None]
     if not models:
         raise LoadError(
-            f"{repository} has no language model that is served as a stream and has a tokenizer; "
-            f"build one: `inplace build … --serve stream --output {repository}/<name>`"
+            f"{repository} has no language or speech model that is served as a stream and has a "
+            f"tokenizer; build one: `inplace build … --serve stream --output {repository}/<name>`"
         )
     return {model.name: model for model in models}
 
 
-def _load(path: Path) -> ServedModel | None:
+def _load(path: Path) -> ServedModel | SpeechModel | None:
     config = _triton_config(path)
     parameters = {name: each.string_value for name, each in config.parameters.items()}
     folder = EngineFolder(path / VERSION)
     manifest = Manifest.load(folder.path)
-    if parameters.get("serve") != "stream" or manifest.is_scheduled:
+    if parameters.get("serve") != "stream":
         return None
     loaded = load_tokenizer(folder, manifest)
     if loaded is None:
         return None
+    name, created = config.name or path.name, int((folder.path / FILE_NAME).stat().st_mtime)
+    if (audio := AudioFormat.of_config(config)) is not None:
+        return SpeechModel(name, audio, created)
+    if manifest.is_scheduled:
+        return None
     tokenizer = TextTokenizer(loaded)
     template = _template(folder, manifest)
     return ServedModel(
-        name=config.name or path.name,
+        name=name,
         tokenizer=tokenizer,
         template=template,
         turn_end=None if template is None else _turn_end(template, tokenizer),
         capacity=int(parameters.get("capacity", manifest.capacity or 0)) or None,
-        created=int((folder.path / FILE_NAME).stat().st_mtime),
+        created=created,
     )
 
 

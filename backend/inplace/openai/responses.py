@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from inplace.client import Piece, TokenLogprob
+from inplace.client import PromptLogprob, TokenLogprob
+from inplace.openai.generations import Part
 from inplace.openai.tokenizer import TextTokenizer
 
 FINISH_REASONS = {"length": "length", "capacity": "length", "eos": "stop", "stop": "stop"}
@@ -13,6 +14,9 @@ FINISH_REASONS = {"length": "length", "capacity": "length", "eos": "stop", "stop
 
 MIN_LOGPROB = -9999.0
 """What stands for a logarithm of zero, which JSON cannot have."""
+
+MAX_HIDDEN = 4
+"""Characters that tokens before may not show: the parts of one character have no text each."""
 
 
 class Answer(ABC):
@@ -50,7 +54,7 @@ class Answer(ABC):
         self._prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self._texts: list[list[str]] = [[] for _ in range(choices)]
-        self._tokens: list[list[TokenLogprob]] = [[] for _ in range(choices)]
+        self._tokens: list[list[TokenLogprob | PromptLogprob]] = [[] for _ in range(choices)]
         self._reasons: list[str] = [""] * choices
 
     @property
@@ -62,11 +66,12 @@ class Answer(ABC):
             "total_tokens": self._prompt_tokens + self.completion_tokens,
         }
 
-    def add(self, index: int, piece: Piece) -> None:
-        """Add a piece of a choice, for the whole answer."""
+    def add(self, part: Part) -> None:
+        """Add a part of a choice, for the whole answer."""
+        index, piece = part.index, part.piece
         self.completion_tokens += len(piece.tokens)
         self._texts[index].append(piece.text)
-        self._tokens[index] += piece.logprobs
+        self._tokens[index] += [*part.prompt, *piece.logprobs]
         self._reasons[index] = FINISH_REASONS.get(piece.finish_reason, "")
 
     def whole(self) -> dict[str, Any]:
@@ -74,16 +79,15 @@ class Answer(ABC):
         choices = [self._choice(index) for index in range(len(self._texts))]
         return self._body(self.kind, choices) | {"usage": self.usage}
 
-    def chunks(self, index: int, piece: Piece, *, usage: bool) -> Iterator[dict[str, Any]]:
-        """The chunks of a stream for a piece of a choice.
+    def chunks(self, part: Part, *, usage: bool) -> Iterator[dict[str, Any]]:
+        """The chunks of a stream for a part of a choice.
 
         Args:
-            index: of the choice.
-            piece: its next piece.
+            part: the next part.
             usage: whether the stream ends with the usage, so that each chunk has that field.
         """
-        self.completion_tokens += len(piece.tokens)
-        for choice in self._chunk_choices(index, piece):
+        self.completion_tokens += len(part.piece.tokens)
+        for choice in self._chunk_choices(part):
             yield self._body(self.chunk_kind, [choice]) | ({"usage": None} if usage else {})
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -108,8 +112,8 @@ class Answer(ABC):
         """A choice of the whole answer."""
 
     @abstractmethod
-    def _chunk_choices(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
-        """A choice of each chunk for a piece."""
+    def _chunk_choices(self, part: Part) -> Iterator[dict[str, Any]]:
+        """A choice of each chunk for a part."""
 
 
 class ChatAnswer(Answer):
@@ -129,7 +133,8 @@ class ChatAnswer(Answer):
             "finish_reason": self._reasons[index],
         }
 
-    def _chunk_choices(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+    def _chunk_choices(self, part: Part) -> Iterator[dict[str, Any]]:
+        index, piece = part.index, part.piece
         if not self._texts[index]:
             self._texts[index].append("")  # the choice has begun
             yield self._delta(index, {"role": "assistant", "content": ""})
@@ -148,10 +153,10 @@ class ChatAnswer(Answer):
     ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs_of(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs_of(self, tokens: Sequence[TokenLogprob | PromptLogprob]) -> dict[str, Any]:
         return {
             "content": [
-                self._entry(each.token, each.logprob)
+                self._entry(each.token, each.logprob or 0.0)
                 | {"top_logprobs": [self._entry(*likely) for likely in each.top]}
                 for each in tokens
             ]
@@ -174,42 +179,65 @@ class CompletionAnswer(Answer):
 
     def __init__(self, *arguments: Any, echoes: Sequence[str], logprobs: bool) -> None:
         super().__init__(*arguments, logprobs=logprobs)
-        self._echoes = list(echoes)
+        self._prompts, self._echoes = tuple(echoes), list(echoes)
         self._offsets = [len(echo) for echo in echoes]
+        self._prompt_offsets = [0 for _ in echoes]
 
     def _choice(self, index: int) -> dict[str, Any]:
         text = self._echoes[index] + "".join(self._texts[index])
         return self._entry(index, text, self._tokens[index], self._reasons[index])
 
-    def _chunk_choices(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+    def _chunk_choices(self, part: Part) -> Iterator[dict[str, Any]]:
+        index, piece = part.index, part.piece
         echo, self._echoes[index] = self._echoes[index], ""
         if echo or piece.text or piece.logprobs or piece.finish_reason:
             reason = FINISH_REASONS.get(piece.finish_reason)
-            yield self._entry(index, echo + piece.text, piece.logprobs, reason)
+            tokens: list[TokenLogprob | PromptLogprob] = [*part.prompt, *piece.logprobs]
+            yield self._entry(index, echo + piece.text, tokens, reason)
 
     def _entry(
-        self, index: int, text: str, tokens: Sequence[TokenLogprob], reason: str | None
+        self,
+        index: int,
+        text: str,
+        tokens: Sequence[TokenLogprob | PromptLogprob],
+        reason: str | None,
     ) -> dict[str, Any]:
         logprobs = self._logprobs_of(index, tokens) if self._logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs_of(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs_of(
+        self, index: int, tokens: Sequence[TokenLogprob | PromptLogprob]
+    ) -> dict[str, Any]:
         """As parallel lists; an offset counts characters of the choice's text."""
         texts, values, likely, offsets = [], [], [], []
         for each in tokens:
-            text, content, value = self._token(each.token, each.logprob)
+            text, content, value = self._token(each.token, each.logprob or 0.0)
             texts.append(_name(text, content))
-            values.append(value)
+            known = each.logprob is not None
+            values.append(value if known else None)
             top = [self._token(*one) for one in each.top]
-            likely.append({_name(name, content): number for name, content, number in top})
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(text)
+            names = {_name(name, content): number for name, content, number in top}
+            likely.append(names if known else None)
+            offsets.append(self._offset(index, text, of_prompt=isinstance(each, PromptLogprob)))
         return {
             "tokens": texts,
             "token_logprobs": values,
             "top_logprobs": likely,
             "text_offset": offsets,
         }
+
+    def _offset(self, index: int, text: str, *, of_prompt: bool) -> int:
+        """Where a token's text begins; a special token, which adds none, is where the next is."""
+        if not of_prompt:
+            offset = self._offsets[index]
+            self._offsets[index] += len(text)
+            return offset
+        offset = self._prompt_offsets[index]
+        place = self._prompts[index].find(text, offset, offset + len(text) + MAX_HIDDEN)
+        if place >= 0:
+            self._prompt_offsets[index] = place + len(text)
+            return place
+        return offset
 
 
 def _name(text: str, content: bytes) -> str:

@@ -1,17 +1,19 @@
-"""Send a recording to a served speech model, and get its words as they come."""
+"""Recordings as requests to a served speech model, and the words of its answers."""
 
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from inplace.client import Sequence
-from inplace.client.requests import decode_text
-from inplace.errors import InplaceError
-from inplace.protocol import AUDIO, CHUNK_SAMPLES, SAMPLE_RATE, TEXT_OUTPUT, WINDOW_SAMPLES
 from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient
+
+from inplace.client.requests import decode_text
+from inplace.client.sync_client import Sequence
+from inplace.errors import InplaceError
+from inplace.protocol import AUDIO, CHUNK_SAMPLES, SAMPLE_RATE, TEXT_OUTPUT, WINDOW_SAMPLES
 
 Samples = NDArray[np.float32]
 
@@ -62,7 +64,15 @@ class AudioFormat:
             InplaceError: it is no speech model.
             tritonclient.utils.InferenceServerException: the server does not serve it.
         """
-        parameters = client.get_model_config(model).config.parameters
+        made = cls.of_config(client.get_model_config(model).config)
+        if made is None:
+            raise InplaceError(f"model {model} takes no audio: it was not built as a speech model")
+        return made
+
+    @classmethod
+    def of_config(cls, config: Any) -> "AudioFormat | None":
+        """From Triton's ModelConfig message; None where the model takes no audio."""
+        parameters = config.parameters
         for name in (CHUNK_SAMPLES, WINDOW_SAMPLES):
             if name in parameters and SAMPLE_RATE in parameters:
                 return cls(
@@ -70,7 +80,7 @@ class AudioFormat:
                     int(parameters[name].string_value),
                     name == CHUNK_SAMPLES,
                 )
-        raise InplaceError(f"model {model} takes no audio: it was not built as a speech model")
+        return None
 
 
 def read_recording(path: Path, rate: int) -> Samples:

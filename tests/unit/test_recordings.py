@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from inplace.client.recordings import AudioFormat, cut, read_recording
 from inplace.errors import InplaceError
-from inplace_builder.tools.transcribe import AudioFormat, cut, read_recording
 
 RATE = 1000
 WINDOWS = AudioFormat(RATE, samples=10 * RATE, is_stream=False)

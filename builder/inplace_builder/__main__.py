@@ -130,6 +130,21 @@ def build(
             "the model's own."
         ),
     ] = None,
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            help="A smaller decoder with the same tokens that drafts them (speculative decoding): "
+            "files as of the model. Only with --serve stream."
+        ),
+    ] = None,
+    draft_layers: Annotated[
+        int | None,
+        typer.Option(help="Draft with the model's own first layers, so many, instead of --draft."),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens that are drafted before the model verifies them; default: 4."),
+    ] = None,
     serve: Annotated[
         Protocol,
         typer.Option(
@@ -173,6 +188,9 @@ def build(
             step_tokens=step_tokens,
             prompt_logprobs=prompt_logprobs,
             lookahead=lookahead,
+            draft=draft,
+            draft_layers=draft_layers,
+            draft_tokens=draft_tokens,
             slots=slots,
             max_rows=max_batch if max_batch is not None else min(slots, 8),
             capacity=capacity,

@@ -39,10 +39,13 @@ class Scheduler:
 
     Args:
         program: the program that runs.
+        tokens_per_decode: `Manifest.tokens_per_decode`: a decode row may have so many tokens, each
+            of which takes a row of the program.
     """
 
-    def __init__(self, program: Program) -> None:
-        self._max_rows, self._chunk = program.max_rows, program.chunk
+    def __init__(self, program: Program, tokens_per_decode: int = 1) -> None:
+        self._max_rows, self._chunk = program.max_rows // tokens_per_decode, program.chunk
+        self._tokens_per_decode = tokens_per_decode
         self._is_divisible = not program.lookahead
         self._token_budget = program.token_budget
         self._decodes: deque[StreamRequest] = deque()
@@ -111,8 +114,9 @@ class Scheduler:
             rows = list(islice(self._decodes, max_decodes))
             self._decodes.rotate(-max_decodes)
         num_decodes = len(rows)
+        decode_tokens = num_decodes * self._tokens_per_decode
         if not self._prefills:
-            return ScheduledStep(rows, num_decodes, num_decodes)
+            return ScheduledStep(rows, num_decodes, decode_tokens)
         prefill_budget = left = self._chunk if rows else self._token_budget
         for request in self._prefills:
             tokens = min(_num_waiting_tokens(request), self._chunk)
@@ -121,7 +125,7 @@ class Scheduler:
             rows.append(request)
             left -= tokens
         return ScheduledStep(
-            rows, num_decodes, min(num_decodes + prefill_budget, self._token_budget)
+            rows, num_decodes, min(decode_tokens + prefill_budget, self._token_budget)
         )
 
 

@@ -178,7 +178,10 @@ class EngineLoop:
         self._failed = FailedGenerations()
         self._waiting: WaitingQueue[StreamRequest] = WaitingQueue(max_waiting)
         self._calls = CallQueue(instance) if isinstance(instance, ScheduledInstance) else None
-        self._scheduler = Scheduler(instance.program) if self._calls is None else self._calls
+        tokens_per_decode = instance.manifest.tokens_per_decode
+        self._scheduler = (
+            Scheduler(instance.program, tokens_per_decode) if self._calls is None else self._calls
+        )
         self._masks = PendingMasks()
         self._pipeline = StepPipeline(
             instance, self._scheduler, self._inbox.empty, self._receive_masks
@@ -487,7 +490,6 @@ class EngineLoop:
             tokens = outputs[self._token_output].numpy().ravel().tolist()
         has_steps = any(request.generation is None for request in result.requests)
         answers = split_outputs(result.rows, outputs) if has_steps else []
-        add_token = self._responses.add_token
         for row, (request, active) in enumerate(zip(result.requests, result.rows, strict=True)):
             if active.dropped:
                 continue
@@ -499,22 +501,48 @@ class EngineLoop:
             elif generation is None:
                 self._finish_step(request, answers[row])
             else:
-                token = tokens[row]
-                try:
-                    text, reason = generation.append(token)
-                except TokenizerError as error:
-                    self._fail_generation(request, error)
+                last = self._add_tokens(request, active, generation, tokens)
+                if last is None:
                     continue
-                add_token(request, generation, text)
-                if request.matcher is not None:
-                    self._follow_grammar(request, generation, reason)
-                    continue
-                if reason is not None:
-                    self._finish_generation(request, generation, reason)
-                    continue
-                active.feed(token)
+                active.feed(last)
                 if row >= result.num_decodes:
                     self._scheduler.start_decoding(request)
+
+    def _add_tokens(
+        self,
+        request: StreamRequest,
+        active: ActiveRequest,
+        generation: GenerationState,
+        tokens: list[int],
+    ) -> int | None:
+        """Add the tokens that a step has sampled for a generation.
+
+        Args:
+            request, active, generation: the generation.
+            tokens: by row of the outputs.
+
+        Returns:
+            The last of them; None if the generation has ended, or waits for its next mask.
+        """
+        outputs, row = active.step_outputs
+        rows = active.accepted_rows or (row,)
+        for index, row in enumerate(rows):
+            active.step_outputs = outputs, row
+            try:
+                text, reason = generation.append(tokens[row])
+            except TokenizerError as error:
+                self._fail_generation(request, error)
+                return None
+            self._responses.add_token(request, generation, text)
+            if request.matcher is not None:  # its next mask is not known: nothing is drafted
+                self._follow_grammar(request, generation, reason)
+                return None
+            if reason is not None:
+                if unused := len(rows) - 1 - index:
+                    active.sequence.roll_back(active.sequence.length - unused)
+                self._finish_generation(request, generation, reason)
+                return None
+        return tokens[row]
 
     # Grammars
 

@@ -23,6 +23,7 @@ from inplace.schema.specs import (
     ENTRY_ROLES,
     JOINED_ROLES,
     SAMPLING_OPTION_ROLES,
+    SAMPLING_ROLES,
     Dtype,
     Role,
     TensorSpec,
@@ -30,6 +31,10 @@ from inplace.schema.specs import (
 
 TOP_OUTPUTS = frozenset({TOP_LOGPROBS, TOP_TOKENS})
 """Outputs of which a request gets as many entries as it asks for."""
+
+
+NULL_SLOT = -1
+"""The slot of a null row, which reads and writes no state."""
 
 
 NO_OUTPUTS: tuple[Mapping[str, Tensor], int] = ({}, 0)
@@ -48,10 +53,12 @@ class ActiveRequest:
         sampling_params: how its next token is chosen.
         adjustments: the scores that these adjust; None for none.
         requested_outputs: names of the outputs to compute once all its tokens are consumed.
+        end_position: the position before which its generated tokens lie.
         num_computed_tokens: tokens that steps have consumed.
         pending_token: the sequence's pending token, which is the first of ``inputs`` then.
         decode_token: a generated token to feed instead of ``inputs``; only in a language model.
         step_outputs: outputs of its last step for all rows, ``[rows, ...]``, and its row.
+        accepted_rows: where that step sampled several tokens of it, the row of each that counts.
         error: why the engine could not finish it.
         dropped: its client has its answer already; a step in flight must not change it any more.
         progress: its place in its schedule; None in an engine without one.
@@ -66,10 +73,12 @@ class ActiveRequest:
     sampling_params: SamplingParams = GREEDY
     adjustments: ScoreAdjustments | None = None
     requested_outputs: frozenset[str] = frozenset()
+    end_position: int = 0
     num_computed_tokens: int = 0
     pending_token: int | None = None
     decode_token: int | None = None
     step_outputs: tuple[Mapping[str, Tensor], int] = NO_OUTPUTS
+    accepted_rows: tuple[int, ...] = ()
     error: RequestError | None = None
     dropped: bool = False
     progress: "ScheduleProgress | None" = None
@@ -423,6 +432,64 @@ def _count_decode_tokens(
         if active.decode_token is not None:
             active.count(active.decode_token)
     return adjusted
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A further token that a row samples, behind one of its tokens that is not the last.
+
+    Attributes:
+        token: the index of that token on the packed axis.
+        next_position: the position of the sampled token.
+        sampling_params: how it is chosen.
+        adjustments: the scores that these adjust; None for none.
+    """
+
+    token: int
+    next_position: int
+    sampling_params: SamplingParams
+    adjustments: ScoreAdjustments | None
+
+
+def add_samples(program: Program, batch: Batch, samples: Sequence[Sample]) -> Batch:
+    """Add a null row for each further token to sample. It owns no token and samples behind one.
+
+    There is one more null row if there would be as many rows as tokens: engines take such a step
+    for one with a token in each row.
+
+    Args:
+        program: the program that runs, a language model.
+        batch: the step; its inputs have `Batch.rows` rows.
+        samples: row ``len(batch.rows) + i`` of the outputs is the i-th.
+    """
+    num_tokens = next(len(batch.inputs[x.name]) for x in program.inputs if x.role is Role.TOKENS)
+    if len(batch.rows) + len(samples) == num_tokens:
+        samples = [*samples, Sample(0, 0, GREEDY, None)]
+    values: dict[Role, list[int]] = {
+        Role.ROW_OFFSETS: [num_tokens] * len(samples),
+        Role.LAST_TOKENS: [sample.token for sample in samples],
+        Role.SLOTS: [NULL_SLOT] * len(samples),
+        Role.WRITE_INDICES: [0] * len(samples),
+        Role.VALID_LENGTHS: [0] * len(samples),
+        Role.NEXT_POSITIONS: [sample.next_position for sample in samples],
+    }
+    params = [*batch.sampling_params, *(sample.sampling_params for sample in samples)]
+    adjustments = _adjustments(batch.rows, batch.adjusted) + [each.adjustments for each in samples]
+    greedy = all(each is GREEDY for each in params)
+    inputs = dict(batch.inputs)
+    for spec in program.inputs:
+        if spec.role in values:
+            further = torch.tensor(values[spec.role], dtype=spec.dtype.as_torch)
+            inputs[spec.name] = torch.cat([inputs[spec.name], further])
+        elif greedy and spec.role in _SAMPLED:
+            inputs[spec.name] = _greedy_values(spec.role, spec.dtype, (len(params), *spec.shape))
+        elif spec.role in _SAMPLED:
+            inputs[spec.name] = sampling_values(spec, params, adjustments)
+    return replace(batch, inputs=inputs)
+
+
+_SAMPLED = frozenset({*SAMPLING_ROLES, *SAMPLING_OPTION_ROLES}) - {Role.NEXT_POSITIONS}
+"""The roles of inputs with the sampling parameters of each row."""
 
 
 def _adjustments(

@@ -152,7 +152,7 @@ class ModelInstance:
         cls, files: EngineFolder, manifest: Manifest, arena: Arena, idle_timeout: float
     ) -> Self:
         """Load the engines over an arena."""
-        if manifest.is_scheduled:
+        if manifest.is_scheduled or manifest.decode_schedule is not None:
             raise LoadError(
                 f"{files.path} has a schedule of programs; open it with "
                 "inplace.runtime.schedules.open_model"
@@ -287,6 +287,7 @@ class ModelInstance:
                 pending=sequence.pending_token is not None,
             )
         self._prepend_pending_token(active)
+        active.end_position = sequence.length + active.num_tokens + validated.max_new_tokens
         return active
 
     def _source(self, validated: ValidatedRequest) -> SequenceState | None:
@@ -596,27 +597,35 @@ class ModelInstance:
         """Advance the rows of a step that was waited for, except those that are dropped."""
         if step.failed:
             return
-        batch = step.batch
         num_tokens = num_decode_tokens = 0
-        for row, active in enumerate(batch.rows):
+        for row, active in enumerate(step.batch.rows):
             if active.dropped:
                 continue
-            sequence, count = active.sequence, batch.num_scheduled_tokens[row]
+            is_decode = active.num_tokens == 1 and active.sequence.length
+            count = self._advance_row(step, outputs, row, active)
             num_tokens += count
-            if active.num_tokens == 1 and sequence.length:
-                num_decode_tokens += 1
-            sequence.length += count
-            if self._counted_input is not None:
-                self._remember_tokens(active, count)
-            active.num_computed_tokens += count
-            if row in step.scored and active.prompt_logprobs is not None:
-                active.prompt_logprobs.add(outputs, step.scored[row], count)
-            if active.num_computed_tokens == active.num_tokens:
-                active.step_outputs = (outputs, row)
+            if is_decode:
+                num_decode_tokens += count
         num_prefill_tokens = num_tokens - num_decode_tokens
         self.observer.step_finished(
-            step.seconds, len(batch.rows), num_prefill_tokens, num_decode_tokens
+            step.seconds, len(step.batch.rows), num_prefill_tokens, num_decode_tokens
         )
+
+    def _advance_row(
+        self, step: InFlightStep, outputs: Mapping[str, Tensor], row: int, active: ActiveRequest
+    ) -> int:
+        """Advance a row; how many tokens of its sequence were consumed."""
+        count = step.batch.num_scheduled_tokens[row]
+        active.sequence.length += count
+        if self._counted_input is not None:
+            self._remember_tokens(active, count)
+        active.num_computed_tokens += count
+        if row in step.scored and active.prompt_logprobs is not None:
+            active.prompt_logprobs.add(outputs, step.scored[row], count)
+        active.accepted_rows = ()
+        if active.num_computed_tokens == active.num_tokens:
+            active.step_outputs = (outputs, row)
+        return count
 
     def _remember_tokens(self, active: ActiveRequest, count: int) -> None:
         """Add the tokens that a step has consumed to those of its sequence."""

@@ -6,7 +6,7 @@ from inplace.engines import NO_OTHER_THREADS, RepeatingEngine, StepEngine
 from inplace.engines.arena import Arena
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
-from inplace.runtime.batcher import ActiveRequest, form_batch
+from inplace.runtime.batcher import NULL_SLOT, ActiveRequest, form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceState
 from inplace.schema.artifacts import EngineFile
@@ -15,9 +15,6 @@ from inplace.schema.schedule import STEP
 from inplace.schema.served import FILE_NAME, Manifest, Program
 from inplace.schema.specs import INITIAL_FILE, SCHEDULED_ROLES, Role
 from inplace.schema.tensor_file import read_tensors
-
-NULL_SLOT = -1
-"""The slot of a null row, which reads and writes no state."""
 
 
 def make_arena(folder: EngineFolder, manifest: Manifest, slots: int) -> Arena:

@@ -139,6 +139,18 @@ TOKENS = Metric(
 )
 
 
+ACCEPTED, REJECTED = "accepted", "rejected"
+
+
+DRAFTED = Metric(
+    "inplace_draft_tokens_total",
+    "counter",
+    "Tokens that a draft has proposed, by whether the model has chosen them too.",
+    "result",
+    (ACCEPTED, REJECTED),
+)
+
+
 WAITING = Metric("inplace_requests_waiting", "gauge", "Requests that wait for a slot.")
 
 
@@ -229,6 +241,7 @@ METRICS = (
     ENDED,
     REFUSED,
     TOKENS,
+    DRAFTED,
     WAITING,
     PLACES,
     PLACES_OPEN,
@@ -461,6 +474,11 @@ class Observer:
         self.metrics.observe(ROWS, num_rows)
         self.metrics.add(TOKENS, num_prefill_tokens, PREFILL)
         self.metrics.add(TOKENS, num_decode_tokens, DECODE)
+
+    def tokens_drafted(self, num_drafted: int, num_accepted: int) -> None:
+        """A step has verified drafted tokens."""
+        self.metrics.add(DRAFTED, num_accepted, ACCEPTED)
+        self.metrics.add(DRAFTED, num_drafted - num_accepted, REJECTED)
 
     def step_failed(
         self, seconds: float, rows: Collection[tuple[SequenceId, str]], error: Exception

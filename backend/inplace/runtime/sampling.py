@@ -6,8 +6,9 @@ list of adjusted tokens for each row that has any, and the sampling operator nee
 """
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from math import inf
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +104,15 @@ class ScoreAdjustments:
         if not masked:
             return bool(self.mask.any())
         return bool((self.mask & ~token_mask(masked, len(mask) * MASK_BITS)).any())
+
+    def after(self, token: int) -> Self:
+        """The adjustments after a token, as a copy."""
+        other = copy(self)
+        other._seen, other._counts = self._seen.copy(), self._counts.copy()
+        other._index = self._index.copy()
+        other.tokens, other.values = self.tokens.copy(), self.values.copy()
+        other.advance(token)
+        return other
 
     def advance(self, token: int) -> bool:
         """Count a token that was chosen; returns whether any adjustment has changed."""

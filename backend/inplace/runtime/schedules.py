@@ -26,6 +26,7 @@ from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.runtime.loading import load_engine
 from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.slots import EndReason, SequenceState
+from inplace.runtime.speculative import SpeculativeInstance
 from inplace.schema.files import EngineFolder
 from inplace.schema.schedule import RequestFlag, Schedule
 from inplace.schema.served import Manifest, Program
@@ -444,7 +445,9 @@ def open_model(
         call_rows: by program, most rows of a call, where they are fewer than it was built for.
         loop_calls: `ScheduledInstance.loop_calls`; None for its default.
     """
-    kind = ScheduledInstance if manifest.is_scheduled else ModelInstance
+    kind: type[ModelInstance] = ScheduledInstance if manifest.is_scheduled else ModelInstance
+    if manifest.decode_schedule is not None:
+        kind = SpeculativeInstance
     instance = kind.open(folder, manifest, idle_timeout=idle_timeout, trust=trust)
     if isinstance(instance, ScheduledInstance):
         instance.max_rows |= call_rows

@@ -65,7 +65,8 @@ class SequenceState:
         last_response: when it was last answered, in seconds of the table's clock.
         busy: a request of it is running, so it is not reclaimed.
         driver_state: what a driver keeps with it until its next request.
-        positions: of a schedule, by program how many positions its calls have taken.
+        positions: of a schedule, by program how many positions its calls have taken; of a program
+            that drafts tokens, how many its states hold.
         audio: of a stream, samples that are no whole chunk yet; None before the first ones.
     """
 
@@ -86,6 +87,7 @@ class SequenceState:
         """Forget what came after this length."""
         self.length = length
         del self.token_ids[length:]
+        self.positions = {name: min(used, length) for name, used in self.positions.items()}
 
     def copy_from(self, source: "SequenceState") -> None:
         """Take over all of another sequence but its id, its slot and its key."""

@@ -50,8 +50,10 @@ class Loop(_Repeated):
     calls: tuple[Call, ...] = Field(min_length=1)
 
 
-RequestFlag = Literal["start", "next", "end"]
-"""What a request is to its sequence: a START; an END without START; or neither."""
+RequestFlag = Literal["start", "next", "end", "decode"]
+"""What a schedule is for: a request that is a START, an END without START, or neither; or
+``decode``: the tokens of a generation after its prompt. The runtime repeats that one until the
+generation ends."""
 
 
 class Schedule(Record):
@@ -59,6 +61,9 @@ class Schedule(Record):
 
     A request runs the schedule that is for its flag and takes exactly its inputs. An input that is
     empty counts as absent.
+
+    A schedule for ``decode`` is speculative decoding: a program that drafts tokens, a fixed number
+    of times, then the step, which is fed the last token and the drafted ones.
 
     Attributes:
         name: its name, in errors.
@@ -79,6 +84,37 @@ class Schedule(Record):
     def programs(self) -> frozenset[str]:
         """The names of the programs that it calls."""
         return frozenset(call.program for loop in self.loops for call in loop.calls)
+
+    @cached_property
+    def decodes(self) -> bool:
+        """Whether it is for the tokens of a generation."""
+        return "decode" in self.requests
+
+    @cached_property
+    def draft(self) -> tuple[str, int]:
+        """Of a schedule that decodes: the program that drafts, and how many tokens."""
+        call = self.loops[0].calls[0]
+        return call.program, call.at_most or 1
+
+    @model_validator(mode="after")
+    def _check_decoding(self) -> Self:
+        if not self.decodes:
+            return self
+        if self.requests != ("decode",):
+            raise ValueError(
+                f"schedule {self.name} is for {list(self.requests)}; one for the tokens of a "
+                f"generation (decode) is for nothing else"
+            )
+        program, count = self.draft
+        expected = (Call(program=program, at_most=count), Call(program=STEP))
+        flat = tuple(call for loop in self.loops for call in loop.calls)
+        repeated = any(loop.until or (loop.at_most or 1) > 1 for loop in self.loops)
+        if flat != expected or program == STEP or repeated:
+            raise ValueError(
+                f"schedule {self.name} is for the tokens of a generation (decode): it has one call "
+                f"of a program that drafts, at_most the number of tokens, and one of {STEP!r}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_limits(self) -> Self:

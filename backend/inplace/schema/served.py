@@ -506,13 +506,18 @@ class Manifest(RecordFile):
         for schedule in self.schedules:
             self._check_schedule(schedule)
         check_schedules(self.schedules, self.programs)
+        self._check_decoding()
         called = frozenset[str]().union(*(schedule.programs for schedule in self.schedules))
         if self.prompt_program is not None:
             self._check_prompt_program(self.prompt_program)
             called |= {PROMPT_LOGPROBS}
         if uncalled := sorted(set(names) - called):
             raise ValueError(f"no schedule calls the programs {uncalled}")
-        check_interfaces([each for each in self.programs if each is not self.prompt_program])
+        # A client sees nothing of a program that drafts tokens.
+        hidden = [PROMPT_LOGPROBS]
+        if self.decode_schedule is not None:
+            hidden.append(self.decode_schedule.draft[0])
+        check_interfaces([each for each in self.programs if each.name not in hidden])
         if len(self.programs) > 1:
             self._check_shared()
         return self
@@ -557,6 +562,38 @@ class Manifest(RecordFile):
                         f"schedule {schedule.name} runs until {until!r}; the outputs of program "
                         f"{program} with the role done are {done[program]}"
                     )
+
+    def _check_decoding(self) -> None:
+        """Check a schedule for the tokens of generations, and the programs that it calls."""
+        schedule = self.decode_schedule
+        if schedule is None:
+            return
+        if [each for each in self.schedules if each is not schedule] != [DEFAULT_SCHEDULE]:
+            raise ValueError(
+                f"schedule {schedule.name} is for the tokens of a generation (decode); requests "
+                f"run the program {STEP!r} once then, and there is no other schedule"
+            )
+        programs = {program.name: program for program in self.programs}
+        name, count = schedule.draft
+        step, draft = programs[STEP], programs[name]
+        if step.decoder_io is None or not step.max_adjusted:
+            raise ValueError(
+                f"schedule {schedule.name} is for the tokens of a generation, and program "
+                f"{STEP!r} is no language model with sampling options"
+            )
+        if (draft.inputs, draft.decoder_io) != (step.inputs, step.decoder_io):
+            raise ValueError(f"program {name} drafts tokens, so it has the inputs of {STEP!r}")
+        if step.max_rows <= count + 1:
+            raise ValueError(
+                f"program {STEP!r} takes {step.max_rows} rows; {count} drafted tokens need "
+                f"{count + 2} rows for one sequence"
+            )
+        written = [state.name for state in self.states if state.update is not Update.APPEND]
+        if written:
+            raise ValueError(
+                f"states {written} are not appended to: drafted tokens that are rejected could not "
+                f"be taken back"
+            )
 
     def _check_shared(self) -> None:
         """Check the states that several programs have together."""
@@ -648,9 +685,24 @@ class Manifest(RecordFile):
         return any(record.name == name for record in self.files)
 
     @property
+    def decode_schedule(self) -> Schedule | None:
+        """What the tokens of a generation run; None if they run the step."""
+        return next((each for each in self.schedules if each.decodes), None)
+
+    @property
+    def tokens_per_decode(self) -> int:
+        """The most tokens of a generation that a step consumes: one, and those that are drafted."""
+        return 1 if self.decode_schedule is None else 1 + self.decode_schedule.draft[1]
+
+    @property
+    def max_sequences(self) -> int:
+        """The most sequences that can take part in a step."""
+        return self.interface.max_rows // self.tokens_per_decode
+
+    @property
     def is_scheduled(self) -> bool:
         """Whether a request is more than one call, or its answer more than one call's outputs."""
-        return (
+        return self.decode_schedule is None and (
             any(program.name not in (STEP, PROMPT_LOGPROBS) for program in self.programs)
             or self.schedules != (DEFAULT_SCHEDULE,)
             or any(spec.role in _OUTPUT_TYPES for spec in self.programs[0].outputs)

@@ -158,7 +158,7 @@ class Settings:
                 f"config.pbtxt has decoupled: {str(decoupled).lower()} and {SERVE}: {serve}; "
                 "only stream models are decoupled: build the model again to restore it"
             )
-        max_rows = manifest.interface.max_rows
+        max_rows = manifest.max_sequences
         if not 1 <= config["max_batch_size"] <= max_rows:
             raise LoadError(
                 f"config.pbtxt has max_batch_size {config['max_batch_size']}, "

@@ -5,7 +5,7 @@ others read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +24,9 @@ from inplace_builder.capture.exported_rows import (
     appends,
     capture_rows,
 )
-from inplace_builder.capture.union import union_of_states
+from inplace_builder.capture.union import rename_states, union_of_states
 from inplace_builder.compare import same_bits
 from inplace_builder.errors import BuildError, brief, validation_reasons
-from inplace_builder.graph.export import rename_inputs
 
 ProgramModule = tuple[torch.nn.Module, RowOptions, Sequence[Any]]
 """A module of one sequence, what it is built for, and example inputs."""
@@ -146,7 +145,7 @@ def capture_programs(
         except BuildError as error:
             raise BuildError(f"program {name}: {error}") from error
     names = _state_names(captured, buffers)
-    captures = tuple(_renamed(each, names[name]) for name, each in captured.items())
+    captures = tuple(rename_states(each.capture, names[name]) for name, each in captured.items())
     _check_done(schedules, captures)
     union_of_states(captures)
     try:
@@ -378,34 +377,6 @@ def _state_names(
             names.append(chosen[key])
         result[program] = tuple(names)
     return result
-
-
-def _renamed(captured: CapturedRows, names: Sequence[str]) -> Capture:
-    """The capture with these names of its states."""
-    capture = captured.capture
-    new = dict(zip((state.name for state in capture.states), names, strict=True))
-    inputs = [spec.name for spec in capture.program.inputs]
-    rename_inputs(capture.exported, [*inputs, *names])
-    aliases = tuple(
-        alias.model_copy(
-            update={"input": new[alias.input], "output": f"{new[alias.input]}_updated"}
-        )
-        for alias in capture.program.aliases
-    )
-    return replace(
-        capture,
-        program=capture.program.model_copy(update={"aliases": aliases}),
-        states=tuple(
-            spec.model_copy(
-                update={"name": new[spec.name], "initial": spec.initial and new[spec.name]}
-            )
-            for spec in capture.states
-        ),
-        lowering=tuple(
-            each.model_copy(update={"state": new[each.state]}) for each in capture.lowering
-        ),
-        initial={new[name]: tensor for name, tensor in capture.initial.items()},
-    )
 
 
 def _check_initial(programs: ProgramsCapture) -> None:

@@ -1,11 +1,13 @@
 """The states of an engine: those of all its programs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from inplace.schema.specs import StateSpec
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.errors import BuildError
+from inplace_builder.graph.export import rename_inputs
 
 
 def union_of_states(captures: Sequence[Capture]) -> tuple[StateSpec, ...]:
@@ -40,4 +42,31 @@ def _two_specifications(first: StateSpec, second: StateSpec) -> BuildError:
     return BuildError(
         f"state {first.name} has two specifications: {first} and {second}; programs that write a "
         f"state must update it in the same way"
+    )
+
+
+def rename_states(capture: Capture, names: Sequence[str]) -> Capture:
+    """The capture with these names of its states; the graph is changed in place."""
+    new = dict(zip((state.name for state in capture.states), names, strict=True))
+    inputs = [spec.name for spec in capture.program.inputs]
+    rename_inputs(capture.exported, [*inputs, *names])
+    aliases = tuple(
+        alias.model_copy(
+            update={"input": new[alias.input], "output": f"{new[alias.input]}_updated"}
+        )
+        for alias in capture.program.aliases
+    )
+    return replace(
+        capture,
+        program=capture.program.model_copy(update={"aliases": aliases}),
+        states=tuple(
+            spec.model_copy(
+                update={"name": new[spec.name], "initial": spec.initial and new[spec.name]}
+            )
+            for spec in capture.states
+        ),
+        lowering=tuple(
+            each.model_copy(update={"state": new[each.state]}) for each in capture.lowering
+        ),
+        initial={new[name]: tensor for name, tensor in capture.initial.items()},
     )

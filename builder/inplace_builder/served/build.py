@@ -13,6 +13,7 @@ from inplace.schema.schedule import DEFAULT_SCHEDULE
 from inplace.schema.served import FILE_NAME, Manifest
 
 from inplace_builder.capture.capture import Capture
+from inplace_builder.capture.drafted import SpeculativeCapture
 from inplace_builder.engine_files import check_target, disk_errors, publish_engine
 from inplace_builder.errors import BuildError
 from inplace_builder.served.model_config import MODEL_VERSION, TextSettings, model_config
@@ -36,7 +37,7 @@ Stage = Callable[[str], None]
 
 
 def write_engine(
-    capture: "Capture | ProgramsCapture",
+    capture: "Capture | ProgramsCapture | SpeculativeCapture",
     output: Path | str,
     options: BuildOptions,
     stage: Stage = lambda _: None,
@@ -48,7 +49,7 @@ def write_engine(
     """Write a captured model as an engine directory, verify it, and publish it.
 
     Args:
-        capture: the captured model, or the captured programs of one.
+        capture: the captured model, the captured programs of one, or a model with its draft.
         output: the folder to write, a model of a Triton repository; its name is the model's. An
             engine directory there is replaced, anything else refused.
         options: what to build for.
@@ -67,7 +68,7 @@ def write_engine(
     output = Path(output)
     check_output(output, options)
     captures = _captures(capture)
-    max_rows = max(each.program.max_rows for each in captures)
+    max_rows = max(each.program.max_rows for each in captures) // options.tokens_per_round
     if max_rows > options.slots:
         raise BuildError(
             f"a batch of {max_rows} rows needs as many slots; there are "
@@ -102,7 +103,7 @@ def write_engine(
     return manifest
 
 
-def _captures(capture: "Capture | ProgramsCapture") -> tuple[Capture, ...]:
+def _captures(capture: "Capture | ProgramsCapture | SpeculativeCapture") -> tuple[Capture, ...]:
     """The programs of an engine."""
     if not isinstance(capture, Capture):
         return capture.captures
@@ -110,10 +111,16 @@ def _captures(capture: "Capture | ProgramsCapture") -> tuple[Capture, ...]:
     return (capture,) if prompt is None else (capture, prompt)
 
 
-def _verified(folder: Path, manifest: Manifest, capture: "Capture | ProgramsCapture") -> Manifest:
+def _verified(
+    folder: Path, manifest: Manifest, capture: "Capture | ProgramsCapture | SpeculativeCapture"
+) -> Manifest:
     """Verify an engine; its manifest, with what verification found."""
     if isinstance(capture, Capture):
         manifest = _with_notes(manifest, verify(folder, manifest, capture))
+    elif isinstance(capture, SpeculativeCapture):
+        from inplace_builder.served.verify_speculative import verify_speculative
+
+        manifest = _with_notes(manifest, verify_speculative(folder, manifest, capture))
     else:
         # only here: most builds have one program
         from inplace_builder.served.verify_schedule import verify_schedule, with_appended

@@ -6,10 +6,14 @@ from inplace.drivers.detokenizer import TOKENIZER_FOLDER
 from inplace.schema.served import Manifest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.checkpoint import check_checkpoint, load_model, load_tokenizer
 from inplace_builder.capture.decoder import DecoderOptions
+from inplace_builder.capture.drafted import SpeculativeCapture
 from inplace_builder.capture.huggingface import capture_decoder
 from inplace_builder.capture.sources import locate_model
+from inplace_builder.capture.speculative import capture_speculative, first_layers
+from inplace_builder.choices import Device
 from inplace_builder.compare import move_to_engine_device
 from inplace_builder.served.build import Stage, check_output, load_target, write_engine
 from inplace_builder.served.options import BuildOptions
@@ -42,9 +46,19 @@ def build_decoder(
     stage("load the model")
     tokenizer, tokenizer_note = load_tokenizer(source)
     model, notes = load_model(source, options.dtype, config)
-    stage("capture the graph")
+    capture: Capture | SpeculativeCapture
+    if options.has_draft:
+        draft, name = load_draft(model, options)
+        stage("capture the graphs of model and draft")
+        limits, tokens = decoder_options(options), options.tokens_per_round - 1
+        capture = capture_speculative(model, draft, limits, tokens)
+        notes = {**notes, "draft": f"{name}, {tokens} tokens a round"}
+    else:
+        draft = None
+        stage("capture the graph")
+        capture = capture_decoder(model, decoder_options(options))
     return write_engine(
-        capture_decoder(model, decoder_options(options)),
+        capture,
         output,
         options,
         stage,
@@ -55,9 +69,35 @@ def build_decoder(
             "tokenizer": tokenizer_note,
         },
         extras=lambda folder: save_tokenizer(tokenizer, folder),
-        prepare=lambda: move_to_engine_device(model, options.device),
+        prepare=lambda: _move(model, draft, options.device),
         eos_token_ids=_eos_token_ids(model, tokenizer),
     )
+
+
+def load_draft(model: PreTrainedModel, options: BuildOptions) -> tuple[PreTrainedModel, str]:
+    """Load what drafts tokens for a model.
+
+    Returns:
+        The draft, and what the manifest calls it.
+
+    Raises:
+        BuildError: the checkpoint cannot be loaded, or the model has no such layers.
+    """
+    if options.draft_layers is not None:
+        draft = first_layers(model, options.draft_layers)
+        return draft, f"the model's first {options.draft_layers} layers"
+    assert options.draft is not None
+    source = Path(options.draft)
+    config = check_checkpoint(source, options.capacity)
+    draft, _ = load_model(source, options.dtype, config)
+    return draft, locate_model(source).name
+
+
+def _move(model: PreTrainedModel, draft: PreTrainedModel | None, device: Device) -> None:
+    """Move the references to the engine's device."""
+    move_to_engine_device(model, device)
+    if draft is not None:
+        move_to_engine_device(draft, device)
 
 
 def decoder_options(options: BuildOptions) -> DecoderOptions:

@@ -175,7 +175,7 @@ def model_config(
     idle_seconds = options.idle_timeout + (MAX_GENERATION_SECONDS if stream else 0)
     return ModelConfig(
         name=manifest.name,
-        max_batch_size=program.max_rows,
+        max_batch_size=manifest.max_sequences,
         inputs=tensors.inputs,
         outputs=tensors.outputs,
         sequence_batching=SequenceBatching(

@@ -21,6 +21,10 @@ MAX_SECONDS = 1e12
 """Triton keeps times as 64-bit numbers of microseconds."""
 
 
+DRAFT_TOKENS = 4
+"""Tokens that a draft proposes in a round, where the options do not say."""
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What to build for.
@@ -53,6 +57,11 @@ class BuildOptions:
             every token that a request feeds, for requests that ask for them.
         compute_capability: compile for this GPU, for example ``8.9``, without having it (TensorRT
             for RTX); such an engine is not verified.
+        draft: files of a smaller decoder that drafts tokens (speculative decoding); as
+            `build_decoder` takes them.
+        draft_layers: the draft is the model's own first layers, so many.
+        draft_tokens: how many tokens are drafted in a round; None for `DRAFT_TOKENS` where there is
+            a draft.
 
     Raises:
         BuildError: an option is out of range, or options do not fit together.
@@ -76,11 +85,15 @@ class BuildOptions:
     min_capacity: int | None = None
     lookahead: int | None = None
     prompt_logprobs: bool = False
+    draft: Path | str | None = None
+    draft_layers: int | None = None
+    draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes()
         self._check_device()
         self._check_serving()
+        self._check_draft()
         self._check_engine()
         if self.engine == "torch" and self.device == "cuda" and not torch.cuda.is_available():
             raise BuildError(
@@ -94,6 +107,49 @@ class BuildOptions:
             raise BuildError(
                 f"lookahead is {self.lookahead}; {source} holds a {model_type!r} model, which has "
                 f"none: leave it out"
+            )
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether tokens are drafted by a second program."""
+        return self.draft is not None or self.draft_layers is not None
+
+    @property
+    def tokens_per_round(self) -> int:
+        """The most tokens of a generation that a step is fed."""
+        return 1 + (self.draft_tokens or DRAFT_TOKENS) if self.has_draft else 1
+
+    def check_no_draft(self, source: Path, model_type: str) -> None:
+        """BuildError if there is a draft, which only decoders have."""
+        if self.has_draft:
+            raise BuildError(
+                f"{source} holds a {model_type!r} model, whose tokens are not drafted: leave draft "
+                f"and draft_layers out"
+            )
+
+    def _check_draft(self) -> None:
+        if self.draft is not None and self.draft_layers is not None:
+            raise BuildError(
+                "there are draft and draft_layers; a draft is another model or the model's own "
+                "first layers: leave one out"
+            )
+        if self.draft_tokens is not None and not self.has_draft:
+            raise BuildError(
+                f"draft_tokens is {self.draft_tokens}, and there is no draft: name one (draft), or "
+                f"the number of the model's own first layers (draft_layers)"
+            )
+        for name in ("draft_layers", "draft_tokens"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise BuildError(f"{name} is {given}; it must be at least 1")
+        if self.has_draft and self.prompt_logprobs:
+            raise BuildError(
+                "there are prompt_logprobs and a draft; the program that scores prompts takes the "
+                "place of a step that verifies no drafted tokens: leave one out"
+            )
+        if self.has_draft and self.serve != "stream":
+            raise BuildError(
+                "a draft is for generations, which a model has that is served as stream: choose "
+                "serve stream, or leave the draft out"
             )
 
     def _check_sizes(self) -> None:

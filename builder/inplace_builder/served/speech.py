@@ -108,6 +108,7 @@ def build_speech_model(
             f"the options {given} are for sequences of tokens; the sizes of a speech model are "
             f"those of its configuration: leave them out"
         )
+    options.check_no_draft(source, config.model_type)
     check_quantization(config, source)
     build = SPEECH_MODELS[config.model_type](files.folder, config, options)
     load_target(options)  # raises before the model is loaded

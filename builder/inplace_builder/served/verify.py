@@ -143,7 +143,7 @@ def _verify_at_capacity(
         fill_with_sentinel(tensor)
     addresses = arena.addresses()
     max_rows = instance.program.max_rows
-    comparison = _OutputComparison(capture, manifest)
+    comparison = OutputComparison(capture, manifest)
     capacity = manifest.capacity if manifest.capacity is not None else UNLIMITED
     reach = 0 if scores_prompt else positions_to_verify(capture, capacity)
     for requests, is_compared in _rounds(manifest, reach, scores_prompt=scores_prompt):
@@ -300,7 +300,7 @@ def written_parts(
         yield old.narrow(spec.axis, index, 1), new.narrow(spec.axis, index, 1)
 
 
-class _OutputComparison:
+class OutputComparison:
     """Compares the outputs of every sequence with the model's.
 
     Attributes:
@@ -354,8 +354,8 @@ class _OutputComparison:
                 if not same_bits(output, expected):
                     raise rejected(f"{where} is {output.tolist()}, expected {expected.tolist()}")
             elif output.dtype.is_floating_point:
-                exact = partial(self._in_float32, history, spec.name)
-                self._check_close(where, output, expected, exact)
+                exact = partial(self.in_float32, history, spec.name)
+                self.check_close(where, output, expected, exact)
             elif not torch.equal(output, expected):
                 raise rejected(f"{where} is {output.tolist()}, expected {expected.tolist()}")
 
@@ -399,11 +399,11 @@ class _OutputComparison:
         top = outputs[PROMPT_TOP_LOGPROBS]
         output = torch.cat([outputs[PROMPT_TOKEN_LOGPROBS][None], top, top])
         logits = self._capture.reference(before)[name].float()
-        self._check_close(
+        self.check_close(
             where,
             output,
             _log_probabilities(logits, token, likely),
-            lambda: _log_probabilities(self._in_float32(before, name), token, likely),
+            lambda: _log_probabilities(self.in_float32(before, name), token, likely),
         )
         self._check_rank(where, int(outputs[PROMPT_RANKS]), logits, int(token))
 
@@ -436,13 +436,24 @@ class _OutputComparison:
             name: request.own_output(name, outputs[Role(name)]) for name in params.outputs
         }
 
-    def _check_close(
+    def check_close(
         self,
         where: str,
         output: Tensor,
         expected: Tensor,
         in_float32: Callable[[], Tensor],
     ) -> None:
+        """Compare an output of floating-point numbers with the model's.
+
+        Args:
+            where: what it is, in the error.
+            output: the output.
+            expected: the model's.
+            in_float32: gives that of the model in float32.
+
+        Raises:
+            BuildError: it differs by more than rounding explains.
+        """
         error = relative_error(output, expected)
         self.max_error = max(self.max_error, error)
         if error <= self._tolerance:
@@ -459,7 +470,8 @@ class _OutputComparison:
                 f"rounding makes {model_error:.1e}"
             )
 
-    def _in_float32(self, history: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
+    def in_float32(self, history: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
+        """An output of the model in float32 after these requests."""
         if self._float32_reference is None:
             assert self._capture.float32_reference is not None
             self._float32_reference = self._capture.float32_reference()

@@ -27,7 +27,7 @@ def summary_table(manifest: Manifest, folder: Path | str) -> Table:
     table.add_row("engine", decimal(engine_bytes))
     error = manifest.built_with.get("verified_error", "?")
     table.add_row("verified", f"{manifest.verified}, largest relative error {error}")
-    for note in ("adapter", "quantization", "cache", "tokenizer", "latents", "capture"):
+    for note in ("adapter", "quantization", "cache", "tokenizer", "latents", "capture", "draft"):
         if (text := manifest.built_with.get(note)) is not None:
             table.add_row(note, text)
     table.add_row("in", str(folder))

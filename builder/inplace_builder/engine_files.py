@@ -15,6 +15,7 @@ from inplace import __version__
 from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile, Plan
 from inplace.schema.files import RestoreError, publish, replace_conflict
+from inplace.schema.graph import METADATA
 from inplace.schema.specs import Dtype
 from inplace.schema.tensor_file import write_tensors
 from torch import Tensor
@@ -24,13 +25,20 @@ from typing_extensions import Buffer
 from inplace_builder.choices import Device
 from inplace_builder.errors import BuildError, rejected
 from inplace_builder.graph.program import move_to_device
-from inplace_builder.graph.writer import save_graph
+from inplace_builder.graph.writer import save_graphs
 
+NO_PROGRAMS: Mapping[str, ExportedProgram] = {}
+NO_WEIGHTS: Mapping[str, Mapping[str, Tensor]] = {}
 TORCH_FILE, PLAN_FILE, WEIGHTS_FILE = "engine.safetensors", "engine.plan", "weights.safetensors"
 
 
 def write_program(
-    exported: ExportedProgram, folder: Path, device: Device, dtype: Dtype, file: str = TORCH_FILE
+    exported: ExportedProgram,
+    folder: Path,
+    device: Device,
+    dtype: Dtype,
+    file: str = TORCH_FILE,
+    others: Mapping[str, ExportedProgram] = NO_PROGRAMS,
 ) -> EngineFile:
     """Write a captured graph for PyTorch.
 
@@ -40,15 +48,38 @@ def write_program(
         device: where the engine runs.
         dtype: element type of the weights.
         file: the name of the file.
+        others: further graphs of the file by name. Constants that they share are written once.
 
     Raises:
-        BuildError: the graph calls or holds something that an engine file cannot hold.
+        BuildError: a graph calls or holds something that an engine file cannot hold.
         OSError: it cannot be written.
     """
+    programs = {METADATA: exported, **others}
     if device != "cpu":
-        exported = move_to_device(exported, device)
-    save_graph(exported, folder / file)
+        moved = move_to_device(exported, device)
+        programs = {METADATA: moved} | {
+            name: _share_moved(move_to_device(other, device), other, moved, exported)
+            for name, other in others.items()
+        }
+    save_graphs(programs, folder / file)
     return EngineFile(file=file, kind="torch", device=device, dtype=dtype)
+
+
+def _share_moved(
+    moved: ExportedProgram,
+    original: ExportedProgram,
+    first_moved: ExportedProgram,
+    first: ExportedProgram,
+) -> ExportedProgram:
+    """Let a program that was moved to a device have the tensors of another one there, in place.
+
+    Those that they had in common before.
+    """
+    for name, tensor in original.state_dict.items():
+        other = first.state_dict.get(name)
+        if other is not None and other.data_ptr() == tensor.data_ptr():
+            moved.state_dict[name] = first_moved.state_dict[name]
+    return moved
 
 
 def write_plan(
@@ -58,6 +89,7 @@ def write_plan(
     folder: Path,
     dtype: Dtype,
     files: tuple[str, str] = (PLAN_FILE, WEIGHTS_FILE),
+    written: Mapping[str, Mapping[str, Tensor]] = NO_WEIGHTS,
 ) -> EngineFile:
     """Write a plan, and the weights that it takes as inputs beside it.
 
@@ -68,6 +100,7 @@ def write_plan(
         folder: where to write it.
         dtype: element type of the weights.
         files: the names of the plan's file and of the weights'.
+        written: the weights of files that are there already, by their names.
 
     Raises:
         OSError: it cannot be written.
@@ -75,9 +108,18 @@ def write_plan(
     plan_file, weights_file = files
     (folder / plan_file).write_bytes(content)
     if weights:
-        write_tensors(folder / weights_file, weights)
-        record = record.model_copy(update={"weights": weights_file})
+        same = [name for name, tensors in written.items() if _are_same(tensors, weights)]
+        if not same:
+            write_tensors(folder / weights_file, weights)
+        record = record.model_copy(update={"weights": [*same, weights_file][0]})
     return EngineFile(file=plan_file, kind="tensorrt", device="cuda", dtype=dtype, plan=record)
+
+
+def _are_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name])
+        for name in first
+    )
 
 
 def built_with(plan: Plan | None = None) -> dict[str, str]:

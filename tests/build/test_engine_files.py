@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from inplace.schema.artifacts import Plan, Profile
+from inplace.schema.specs import Dtype
+from inplace_builder.engine_files import write_plan
 from inplace_builder.graph.program import move_to_device
 from inplace_builder.graph.writer import save_graph
 from support.engine_graph import load_graph
@@ -95,3 +98,26 @@ def test_a_file_that_cannot_be_opened_or_written_is_an_error(tmp_path: Path) -> 
         save_graph(program, tmp_path / "nowhere" / "engine.safetensors")
     with pytest.raises(OSError, match="No space left on device"):
         save_graph(program, Path("/dev/full"))
+
+
+def test_programs_with_the_same_weights_have_one_file_of_them(tmp_path: Path) -> None:
+    record = Plan(
+        flavor="tensorrt",
+        version="10.15",
+        gpu="",
+        compute_capability="9.0",
+        profiles=(Profile(rows=(1, 1), tokens=(1, 1)),),
+    )
+    weights = {"a": torch.arange(4.0), "b": torch.ones(2)}
+    written: dict[str, dict[str, torch.Tensor]] = {}
+    for name, last in (("one", 1.0), ("two", 1.0), ("three", 0.0)):
+        own = {"a": weights["a"].clone(), "b": weights["b"] * last}
+        files = f"{name}.plan", f"{name}.weights"
+        engine = write_plan(b"plan", record, own, tmp_path, Dtype.FLOAT32, files, written)
+        assert engine.plan is not None
+        assert engine.plan.weights is not None
+        written[engine.plan.weights] = own
+    assert list(written) == ["one.weights", "three.weights"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "one.plan", "one.weights", "three.plan", "three.weights", "two.plan"
+    ]  # fmt: skip

@@ -80,11 +80,24 @@ class LoadedGraph:
 def read_graph(
     content: Buffer, title: str, device: torch.device | str = "cpu", *, advice: str = ""
 ) -> LoadedGraph:
-    """Read the program of an engine file.
+    """Read the program of an engine file with one; the arguments are those of `read_graphs`."""
+    return read_graphs(content, title, [METADATA], device, advice=advice)[0]
+
+
+def read_graphs(
+    content: Buffer,
+    title: str,
+    names: Sequence[str],
+    device: torch.device | str = "cpu",
+    *,
+    advice: str = "",
+) -> list[LoadedGraph]:
+    """Read programs of an engine file. Constants that they have in common are the same memory.
 
     Args:
         content: the whole file; the constants stay views of it.
         title: what errors call the file.
+        names: of the graphs.
         device: where the constants are put.
         advice: how errors end.
 
@@ -94,12 +107,13 @@ def read_graph(
     """
     advice = advice or "build the model again"
     storages, metadata = read_safetensors(as_bytes(content), title)
-    if METADATA not in metadata:
-        raise LoadError(f"{title} holds no graph; {advice}")
+    if missing := [name for name in names if name not in metadata]:
+        graph = "graph" if missing == [METADATA] else f"graph {missing[0]!r}"
+        raise LoadError(f"{title} holds no {graph}; {advice}")
     try:
-        record = GraphFile.model_validate_json(metadata[METADATA])
-        moved = {name: tensor.to(device) for name, tensor in storages.items()}
-        return LoadedGraph(_Reader(moved).module(record.graph, 0), record)
+        records = [GraphFile.model_validate_json(metadata[name]) for name in names]
+        reader = _Reader({name: tensor.to(device) for name, tensor in storages.items()})
+        return [LoadedGraph(reader.module(record.graph, 0), record) for record in records]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -353,14 +367,21 @@ def _fits(kind: str, value: Any) -> bool:
 
 def finish_module(module: GraphModule, device: torch.device) -> GraphModule:
     """The module that runs: with prepacked weights on a CPU, and without what it does not read."""
+    return finish_modules([module], device)[0]
+
+
+def finish_modules(modules: Sequence[GraphModule], device: torch.device) -> list[GraphModule]:
+    """The same for modules of one file; what they have in common is one tensor afterwards too."""
     if device.type == "cpu":
-        prepack_linears(module)
-    module = GraphModule(module, module.graph)
-    own_constants(module)
-    return module
+        packed: dict[object, Tensor] = {}
+        for module in modules:
+            prepack_linears(module, packed)
+    finished = [GraphModule(module, module.graph) for module in modules]
+    own_constants(*finished)
+    return finished
 
 
-def prepack_linears(module: GraphModule) -> int:
+def prepack_linears(module: GraphModule, packed_weights: dict[object, Tensor]) -> int:
     """Replace each linear layer with a constant weight by oneDNN's product with a packed weight.
 
     A decode step multiplies a few rows with every weight, so its time is the time to read the
@@ -369,6 +390,10 @@ def prepack_linears(module: GraphModule) -> int:
 
     The plain weights are left to their other users (a tied embedding);
     `torch.fx.GraphModule(module, graph)` drops the rest.
+
+    Args:
+        module: the module.
+        packed_weights: what was packed of other modules, by the memory of the plain weight.
 
     Returns:
         How many were replaced; 0 where this build of PyTorch has no oneDNN.
@@ -383,14 +408,16 @@ def prepack_linears(module: GraphModule) -> int:
         if weight.device.type != "cpu" or weight.dtype not in PACKABLE_DTYPES:
             continue
         name = f"packed_{replaced}"
+        key = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
         try:
-            packed_weight = torch.ops.mkldnn._reorder_linear_weight(
-                weight.detach().contiguous(), None
-            )
+            if key not in packed_weights:
+                packed_weights[key] = torch.ops.mkldnn._reorder_linear_weight(
+                    weight.detach().contiguous(), None
+                )
         except RuntimeError:
             # The processor has no instructions for this type; PyTorch's own product works.
             continue
-        module.register_buffer(name, packed_weight, persistent=False)
+        module.register_buffer(name, packed_weights[key], persistent=False)
         bias = node.args[2] if len(node.args) > 2 else None
         with module.graph.inserting_before(node):
             packed = module.graph.get_attr(name)
@@ -413,15 +440,15 @@ def _attribute(module: torch.nn.Module, path: str) -> Tensor:
     return tensor
 
 
-def own_constants(module: GraphModule) -> None:
-    """Copy the constants that are left in a module out of the file's content.
+def own_constants(*modules: GraphModule) -> None:
+    """Copy the constants that are left in modules of one file out of its content.
 
     The content is as large as all weights. Most of them are not read any more once linear layers
     are packed, and the content can only be freed when nothing is a view of it. Constants that
     share memory still do afterwards.
     """
     by_address: dict[int, list[tuple[torch.nn.Module, str, Tensor]]] = {}
-    for owner in module.modules():
+    for owner in (each for module in modules for each in module.modules()):
         for name, tensor in owner.named_buffers(recurse=False):
             if name.startswith(_CONSTANT) and tensor.device.type == "cpu":
                 address = tensor.untyped_storage().data_ptr()

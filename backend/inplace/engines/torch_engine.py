@@ -1,8 +1,9 @@
 """The PyTorch engine: the captured graph itself, its states bound in place."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from typing_extensions import Buffer
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
 from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
-from inplace.engines.graph_reader import LoadedGraph, finish_module, read_graph
+from inplace.engines.graph_reader import LoadedGraph, finish_modules, read_graphs
 from inplace.errors import LoadError
 from inplace.schema.schedule import STEP
 from inplace.schema.served import CompiledProgram, Manifest
@@ -21,28 +22,49 @@ class TorchEngine:
     """Runs a captured graph whose state inputs are the arena's tensors.
 
     Args:
-        content: the engine file.
-        title: what errors call it.
-        manifest: the manifest of the engine.
-        arena: the memory to bind the states to.
-        program: the program that the file holds.
-
-    Raises:
-        LoadError: the file cannot be read, or what its graph takes, returns or writes is not what
-            the manifest says.
+        program: the program.
+        module: takes the program's inputs; its states are bound.
+        device: where it runs.
     """
 
     overlaps = False
 
     def __init__(
-        self, content: Buffer, title: str, manifest: Manifest, arena: Arena, program: str = STEP
+        self, program: CompiledProgram, module: torch.fx.GraphModule, device: torch.device
     ) -> None:
-        self._program = manifest.program(program)
-        self._device = torch.device(manifest.device)
-        graph = read_graph(content, title, self._device)
-        _check_signature(title, graph, self._program)
-        _check_states(title, graph, manifest, self._program)
-        self._module = _bind(graph, arena, self._program.states, self._device)
+        self._program, self._module, self._device = program, module, device
+
+    @classmethod
+    def load(
+        cls,
+        content: Buffer,
+        title: str,
+        manifest: Manifest,
+        arena: Arena,
+        names: Sequence[str] = (STEP,),
+    ) -> list[Self]:
+        """Load programs of one file. They share the constants that they have in common.
+
+        Args:
+            content: the engine file.
+            title: what errors call it.
+            manifest: the manifest of the engine.
+            arena: the memory to bind the states to.
+            names: of the programs.
+
+        Raises:
+            LoadError: the file cannot be read, or what a graph takes, returns or writes is not what
+                the manifest says.
+        """
+        device = torch.device(manifest.device)
+        programs = [manifest.program(name) for name in names]
+        graphs = read_graphs(content, title, [each.engine.graph for each in programs], device)
+        for graph, program in zip(graphs, programs, strict=True):
+            _check_signature(title, graph, program)
+            _check_states(title, graph, manifest, program)
+            _bind(graph, arena, program.states)
+        modules = finish_modules([graph.module for graph in graphs], device)
+        return [cls(*each, device) for each in zip(programs, modules, strict=True)]
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Do nothing: steps run on the stream of the thread that calls them."""
@@ -150,10 +172,8 @@ def _check_states(
         )
 
 
-def _bind(
-    loaded: LoadedGraph, arena: Arena, states: Collection[str], device: torch.device
-) -> torch.fx.GraphModule:
-    """Replace each state input by the arena's tensor, and prepack weights."""
+def _bind(loaded: LoadedGraph, arena: Arena, states: Collection[str]) -> None:
+    """Replace each state input by the arena's tensor."""
     module, graph = loaded.module, loaded.module.graph
     for index, (name, node) in enumerate(loaded.inputs.items()):
         if name in states:
@@ -162,4 +182,3 @@ def _bind(
                 state = graph.get_attr(f"state_{index}")
             node.replace_all_uses_with(state)
             graph.erase_node(node)
-    return finish_module(module, device)

@@ -25,14 +25,14 @@ from inplace.runtime.batcher import (
     form_batch,
     next_decode_batch,
 )
-from inplace.runtime.loading import load_engine, make_arena
+from inplace.runtime.loading import load_engines, make_arena
 from inplace.runtime.observer import Observer
 from inplace.runtime.prompt import PromptLogprobs, StepPart, launch_parts
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
 from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import EndReason, SequenceState, SlotTable
 from inplace.schema.files import EngineFolder
-from inplace.schema.schedule import PROMPT_LOGPROBS
+from inplace.schema.schedule import PROMPT_LOGPROBS, STEP
 from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import LOGPROB_ROLES, Update
 
@@ -157,10 +157,10 @@ class ModelInstance:
                 f"{files.path} has a schedule of programs; open it with "
                 "inplace.runtime.schedules.open_model"
             )
-        engine, prompt_engine = load_engine(files, manifest, arena), None
-        if manifest.prompt_program is not None:
-            prompt_engine = load_engine(files, manifest, arena, PROMPT_LOGPROBS)
-        return cls(manifest, arena, engine, idle_timeout, prompt_engine=prompt_engine)
+        names = [program.name for program in manifest.programs]
+        engines = load_engines(files, manifest, arena, names)
+        prompt_engine = engines.get(PROMPT_LOGPROBS)
+        return cls(manifest, arena, engines[STEP], idle_timeout, prompt_engine=prompt_engine)
 
     # Requests
 

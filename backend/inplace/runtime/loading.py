@@ -1,6 +1,9 @@
 """From an engine directory to an engine that is bound to an arena and warmed up."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from inplace.engines import NO_OTHER_THREADS, RepeatingEngine, StepEngine
 from inplace.engines.arena import Arena
@@ -12,7 +15,7 @@ from inplace.runtime.slots import SequenceState
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import EngineFolder
 from inplace.schema.schedule import STEP
-from inplace.schema.served import FILE_NAME, Manifest, Program
+from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest, Program
 from inplace.schema.specs import INITIAL_FILE, SCHEDULED_ROLES, Role
 from inplace.schema.tensor_file import read_tensors
 
@@ -42,17 +45,40 @@ def load_engine(
             built for another machine; the engine needs a later version, is code from a folder
             that is not trusted, or fails in its first step.
     """
-    check_engine(folder, manifest)
-    program = manifest.program(name)
-    record = manifest.file(program.engine.file)
-    if program.engine.kind == "torch":
-        title = str(folder.path / record.name)
-        engine = TorchEngine(folder.read(record), title, manifest, arena, name)
-        warm_up(engine, program)
-        return engine
-    from inplace.engines.tensorrt import TensorRtEngine  # imports TensorRT
+    return load_engines(folder, manifest, arena, [name])[name]
 
-    return TensorRtEngine(folder, manifest, arena, program=name)
+
+def load_engines(
+    folder: EngineFolder, manifest: Manifest, arena: Arena, names: Sequence[str]
+) -> dict[str, RepeatingEngine]:
+    """Load the engine files of programs, as `load_engine`; weights in one file are loaded once.
+
+    Raises:
+        LoadError: as `load_engine`.
+    """
+    check_engine(folder, manifest)
+    engines: dict[str, RepeatingEngine] = {}
+    by_file: dict[str, list[CompiledProgram]] = {}
+    for name in names:
+        program = manifest.program(name)
+        by_file.setdefault(program.engine.file, []).append(program)
+    weights: dict[str, dict[str, Tensor]] = {}
+    for file, programs in by_file.items():
+        record = manifest.file(file)
+        if programs[0].engine.kind == "torch":
+            title, called = str(folder.path / record.name), [each.name for each in programs]
+            loaded = TorchEngine.load(folder.read(record), title, manifest, arena, called)
+            for program, engine in zip(programs, loaded, strict=True):
+                warm_up(engine, program)
+                engines[program.name] = engine
+            continue
+        from inplace.engines.tensorrt import TensorRtEngine  # imports TensorRT
+
+        for program in programs:
+            engines[program.name] = TensorRtEngine(
+                folder, manifest, arena, program=program.name, loaded_weights=weights
+            )
+    return engines
 
 
 def check_engine(folder: EngineFolder, manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ from inplace.protocol import AUDIO, AUDIO_INT16
 from inplace.runtime.audio import audio_spec, check_audio_parameters, count_tensor, cut_stream
 from inplace.runtime.batcher import ActiveRequest, CallOutputs, ScheduleProgress, form_batch
 from inplace.runtime.instance import InFlightStep, ModelInstance
-from inplace.runtime.loading import load_engine
+from inplace.runtime.loading import load_engines
 from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.slots import EndReason, SequenceState
 from inplace.runtime.speculative import SpeculativeInstance
@@ -113,10 +113,8 @@ class ScheduledInstance(ModelInstance):
     def _load(
         cls, files: EngineFolder, manifest: Manifest, arena: Arena, idle_timeout: float
     ) -> Self:
-        engines = {
-            program.name: load_engine(files, manifest, arena, program.name)
-            for program in manifest.programs
-        }
+        names = [program.name for program in manifest.programs]
+        engines = load_engines(files, manifest, arena, names)
         return cls(manifest, arena, engines, idle_timeout)
 
     def validate(self, request: Request, *, allow_empty: bool = False) -> ValidatedRequest:

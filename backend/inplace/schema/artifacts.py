@@ -58,6 +58,8 @@ class EngineFile(Record):
         kind: the engine class that loads it.
         device: where it runs.
         dtype: the element type of its weights.
+        graph: which graph of the file it is, for PyTorch: several that share constants may be in
+            one file (`inplace.schema.graph.METADATA`).
         plan: only for TensorRT.
         scales: of quantized weights: the name of the tensor with the scales, by the weight's name.
             Reserved: this version loads no engine that has them.
@@ -67,5 +69,6 @@ class EngineFile(Record):
     kind: Literal["torch", "tensorrt"]
     device: Literal["cpu", "cuda"]
     dtype: Dtype
+    graph: str = "graph"
     plan: Plan | None = None
     scales: dict[str, str] = Field(default_factory=dict)

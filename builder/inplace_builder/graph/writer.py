@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,53 +46,69 @@ MAX_POWER = 8
 
 
 def save_graph(exported: ExportedProgram, path: Path) -> None:
-    """Write a program and its constants to a file; each storage is copied alone.
+    """Write a program and its constants to a file; the errors are those of `save_graphs`."""
+    save_graphs({METADATA: exported}, path)
+
+
+def save_graphs(programs: Mapping[str, ExportedProgram], path: Path) -> None:
+    """Write programs, by name, and their constants to a file; each storage is copied alone.
 
     Raises:
-        BuildError: the graph calls or holds something that an engine file cannot hold.
+        BuildError: a graph calls or holds something that an engine file cannot hold.
         OSError: the file cannot be written.
     """
-    storages, record = graph_record(exported)
+    storages, records = graph_records(list(programs.values()))
+    texts = [record.model_dump_json(exclude_defaults=True) for record in records]
     with path.open("wb") as file:
-        text = record.model_dump_json(exclude_defaults=True)
-        write_safetensors(file, storages, {METADATA: text})
+        write_safetensors(file, storages, dict(zip(programs, texts, strict=True)))
 
 
 def graph_record(exported: ExportedProgram) -> tuple[Mapping[str, Tensor], GraphFile]:
-    """Describe a program as data.
+    """Describe a program as data; see `graph_records`."""
+    storages, [record] = graph_records([exported])
+    return storages, record
+
+
+def graph_records(
+    programs: Sequence[ExportedProgram],
+) -> tuple[Mapping[str, Tensor], list[GraphFile]]:
+    """Describe programs as data.
 
     Returns:
-        The memory of its constants by name, each ``[bytes]`` uint8; and the graph.
+        The memory of their constants by name, each ``[bytes]`` uint8; and the graphs.
 
     Raises:
-        BuildError: the graph calls or holds something that an engine file cannot hold.
+        BuildError: a graph calls or holds something that an engine file cannot hold.
     """
-    module = exported.module(check_guards=False)
-    assert isinstance(module, GraphModule)
-    names = [
-        spec.arg.name
-        for spec in exported.graph_signature.input_specs
-        if spec.kind is InputKind.USER_INPUT
-    ]
-    storages = _Storages(module)
-    graph = _GraphWriter(module, storages, names).record()
-    ranges = symbol_ranges(exported, [value.shape for value in graph.inputs])
-    return storages.tensors, GraphFile(graph=graph, ranges=ranges)
+    modules = [exported.module(check_guards=False) for exported in programs]
+    graph_modules = [module for module in modules if isinstance(module, GraphModule)]
+    storages = _Storages(graph_modules)
+    records = []
+    for exported, module in zip(programs, graph_modules, strict=True):
+        names = [
+            spec.arg.name
+            for spec in exported.graph_signature.input_specs
+            if spec.kind is InputKind.USER_INPUT
+        ]
+        graph = _GraphWriter(module, storages, names).record()
+        ranges = symbol_ranges(exported, [value.shape for value in graph.inputs])
+        records.append(GraphFile(graph=graph, ranges=ranges))
+    return storages.tensors, records
 
 
 class _Storages:
-    """The memory of all constants of a program. Constants that share memory still do in the file.
+    """The memory of all constants of programs. Constants that share memory still do in the file.
 
     Attributes:
         tensors: by name, each ``[bytes]`` uint8, padded so that the next one is aligned too.
     """
 
-    def __init__(self, module: GraphModule) -> None:
+    def __init__(self, modules: Sequence[GraphModule]) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}  # by address
         self._spans: dict[int, tuple[int, int]] = {}  # the bytes that constants use, by address
         self._resolved: dict[int, Tensor] = {}  # kept: their addresses must stay theirs
-        for tensor in _constants(module):
+        for tensor in (each for module in modules for each in _constants(module)):
             address, begin, end = _span(self._resolve(tensor))
             first, last = self._spans.get(address, (begin, end))
             self._spans[address] = min(first, begin), max(last, end)

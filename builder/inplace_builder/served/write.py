@@ -1,15 +1,16 @@
 """Write the files of a served engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inplace.schema.files import record_files
-from inplace.schema.schedule import DEFAULT_SCHEDULE, Schedule
+from inplace.schema.schedule import DEFAULT_SCHEDULE, PROMPT_LOGPROBS, Schedule
 from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest
 from inplace.schema.specs import INITIAL_FILE
 from inplace.schema.tensor_file import write_tensors
 from pydantic import ValidationError
+from torch import Tensor
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.union import union_of_states
@@ -56,10 +57,18 @@ def write_files(
         OSError: a file cannot be written.
     """
     notes: dict[str, str] = {}
-    programs = [
-        _write_program(folder, capture, options, plan, notes, alone=len(captures) == 1)
-        for capture, plan in zip(captures, plans, strict=True)
-    ]
+    written: dict[str, Mapping[str, Tensor]] = {}
+    programs: list[CompiledProgram] = []
+    for capture, plan in zip(captures, plans, strict=True):
+        if plan is None and capture.program.name == PROMPT_LOGPROBS:
+            # its graph is in the file of the step, whose constants it shares
+            engine = programs[0].engine.model_copy(update={"graph": PROMPT_LOGPROBS})
+            names = [state.name for state in capture.states]
+            program = CompiledProgram.of(capture.program, engine, capture.lowering, names)
+        else:
+            alone = len(captures) == 1 or capture.prompt_logprobs is not None
+            program = _write_program(folder, capture, options, plan, notes, written, alone=alone)
+        programs.append(program)
     states = union_of_states(captures)
     initial = {name: tensor for capture in captures for name, tensor in capture.initial.items()}
     if initial:
@@ -93,10 +102,14 @@ def _write_program(
     options: BuildOptions,
     compiled: "ServedPlan | None",
     notes: dict[str, str],
+    written: dict[str, Mapping[str, Tensor]],
     *,
     alone: bool,
 ) -> CompiledProgram:
-    """Write the file of one program; what built it is added to ``notes``."""
+    """Write the file of one program.
+
+    What built it is added to ``notes``, and the weights beside its plan to ``written``, by file.
+    """
 
     def file(name: str) -> str:
         stem, _, ending = name.partition(".")
@@ -105,8 +118,10 @@ def _write_program(
     states = [state.name for state in capture.states]
     if compiled is None:
         notes |= built_with()
+        prompt = capture.prompt_logprobs
+        others = {} if prompt is None else {PROMPT_LOGPROBS: prompt.exported}
         engine = write_program(
-            capture.exported, folder, options.device, capture.dtype, file(TORCH_FILE)
+            capture.exported, folder, options.device, capture.dtype, file(TORCH_FILE), others
         )
         return CompiledProgram.of(capture.program, engine, capture.lowering, states)
     plan = compiled.plan
@@ -114,5 +129,9 @@ def _write_program(
     constants = int(notes.get("weights_in_plan_bytes", 0)) + plan.constant_bytes
     notes["weights_in_plan_bytes"] = str(constants)
     files = file(PLAN_FILE), file(WEIGHTS_FILE)
-    engine = write_plan(plan.content, plan.record, plan.weights, folder, capture.dtype, files)
+    engine = write_plan(
+        plan.content, plan.record, plan.weights, folder, capture.dtype, files, written
+    )
+    if engine.plan is not None and engine.plan.weights is not None:
+        written[engine.plan.weights] = plan.weights
     return CompiledProgram.of(compiled.program, engine, plan.lowering, states)

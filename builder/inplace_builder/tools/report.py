@@ -23,7 +23,9 @@ def summary_table(manifest: Manifest, folder: Path | str) -> Table:
         table.add_row("a position", f"{position:,} bytes")
     arena = decimal(arena_bytes(manifest, manifest.slots))
     table.add_row("arena", f"{manifest.slots} slots, {arena}")
-    engine_bytes = sum(manifest.file(each.engine.file).bytes for each in manifest.programs)
+    engine_bytes = sum(
+        manifest.file(name).bytes for name in {each.engine.file for each in manifest.programs}
+    )
     table.add_row("engine", decimal(engine_bytes))
     error = manifest.built_with.get("verified_error", "?")
     table.add_row("verified", f"{manifest.verified}, largest relative error {error}")

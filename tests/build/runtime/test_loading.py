@@ -223,12 +223,6 @@ def test_an_engine_without_a_step_has_a_schedule_which_packed_programs_lack(mode
             lambda fields: fields["programs"][0]["engine"].update(scales={"weight": "scales"}),
             "scales of weight weight",
         ),
-        (
-            lambda fields: fields["programs"][0]["outputs"].append(
-                {"name": "all", "role": "logprobs", "dtype": "float32", "shape": [-1, 512]}
-            ),
-            "output all of the role logprobs",
-        ),
     ],
 )
 def test_what_a_later_runtime_runs_is_refused_by_name(

@@ -9,6 +9,7 @@ import torch
 from inplace.drivers.parsing import TokenizerConfig
 from inplace.drivers.step_driver import StepDriver
 from inplace.drivers.stream_driver import StreamDriver
+from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import Code, RequestError
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.prompt import PROMPT_OUTPUTS
@@ -133,6 +134,23 @@ def test_rows_that_do_not_ask_are_run_by_the_step(
     assert following["prompt_ranks"].tolist() == [[0]]
 
 
+def test_both_programs_share_their_weights(
+    opened: ModelInstance, llama: LlamaForCausalLM, stream_models: Path
+) -> None:
+    """In the file, whose storages are written once, and in memory, packed weights included."""
+    step, prompt = opened.manifest.programs
+    assert step.engine.file == prompt.engine.file
+    size = (stream_models / MODEL / "1" / step.engine.file).stat().st_size
+    tensors = []
+    for engine in (opened.engine, opened.prompt_engine):
+        assert isinstance(engine, TorchEngine)
+        module = engine._module
+        tensors.append({_address(tensor) for tensor in module.buffers() if tensor.numel() >= 64})
+    assert tensors[0] == tensors[1]
+    weights = sum(parameter.nbytes for parameter in llama.parameters())
+    assert size < 2 * weights
+
+
 def test_no_alternatives_and_all_options_together(
     driver: StepDriver, llama: LlamaForCausalLM
 ) -> None:
@@ -208,6 +226,11 @@ def test_an_engine_without_the_program_refuses(opened: ModelInstance) -> None:
     assert isinstance(answer, RequestError)
     assert answer.code is Code.BAD_PARAMETER
     assert "build a language model with --prompt-logprobs" in str(answer)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor is. Weights that oneDNN has packed have no address: the object itself."""
+    return id(tensor) if tensor.is_mkldnn else tensor.data_ptr()
 
 
 def _next_token(llama: LlamaForCausalLM, ids: list[int]) -> int:

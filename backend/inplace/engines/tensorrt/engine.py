@@ -40,6 +40,8 @@ class TensorRtEngine:
         arena: the memory to bind the states to; on a GPU.
         graphs: replay steps as CUDA graphs; False launches every step kernel by kernel.
         program: the program whose plan is run.
+        loaded_weights: weights on the GPU by file and name, of programs that were loaded before;
+            those of this one are added.
 
     Raises:
         LoadError: the plan was built for another GPU or TensorRT, cannot be read, has other inputs
@@ -62,6 +64,7 @@ class TensorRtEngine:
         *,
         graphs: bool = True,
         program: str = STEP,
+        loaded_weights: dict[str, dict[str, Tensor]] | None = None,
     ) -> None:
         compiled = manifest.program(program)
         plan = compiled.engine.plan
@@ -79,7 +82,9 @@ class TensorRtEngine:
         _check_names(path, engine, manifest, compiled)
         check_native_aliases(str(path), engine, compiled.aliases)
         try:
-            weights = _weights(folder, manifest, plan)
+            loaded = {} if loaded_weights is None else loaded_weights
+            is_loaded = plan.weights in loaded
+            weights = _weights(folder, manifest, plan, loaded)
             contexts = ExecutionContexts(opened, plan, weights)
             kind = StaticSlotSteps if compiled.rows_are_slots else DynamicSlotSteps
             self._steps: StaticSlotSteps | DynamicSlotSteps = kind(
@@ -93,7 +98,7 @@ class TensorRtEngine:
                 "a smaller capacity or fewer tokens a step"
             ) from error
         self.memory = {
-            "weights": sum(weight.nbytes for weight in weights.values()),
+            "weights": 0 if is_loaded else sum(weight.nbytes for weight in weights.values()),
             **contexts.memory,
             **self._steps.memory,
         }
@@ -206,10 +211,14 @@ def _check_names(path: Path, engine: Any, manifest: Manifest, program: CompiledP
             )
 
 
-def _weights(folder: EngineFolder, manifest: Manifest, plan: Plan) -> dict[str, Tensor]:
+def _weights(
+    folder: EngineFolder, manifest: Manifest, plan: Plan, loaded: dict[str, dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """The weights that a plan takes as inputs, on the GPU."""
     if plan.weights is None:
         return {}
-    record = manifest.file(plan.weights)
-    tensors = read_tensors(folder.read(record), str(folder.path / record.name))
-    return {name: tensor.to("cuda") for name, tensor in tensors.items()}
+    if plan.weights not in loaded:
+        record = manifest.file(plan.weights)
+        tensors = read_tensors(folder.read(record), str(folder.path / record.name))
+        loaded[plan.weights] = {name: tensor.to("cuda") for name, tensor in tensors.items()}
+    return loaded[plan.weights]

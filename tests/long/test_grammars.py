@@ -32,7 +32,7 @@ def test_random_schemas_end_and_are_valid(tmp_path: Path) -> None:
     generator, answers = random.Random(0), []
     for index in range(SCHEMAS):
         schema = random_schema(generator, depth=generator.randint(0, 2))
-        parameters = {
+        parameters: dict[str, bool | int | float | str] = {
             "max_tokens": CAPACITY - 8,
             "temperature": generator.choice([0.0, 1.0, 3.0]),
             "seed": index,

@@ -1,24 +1,21 @@
 """Grammars without a model: what is refused, what processes answer, what they may cost."""
 
 import json
-import random
 import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
-import numpy as np
 import pytest
 from inplace.errors import Code, RequestError
-from inplace.grammars import GrammarCompiler, GrammarSource, service, wait_for_masks
+from inplace.grammars import GrammarCompiler, GrammarSource, service
 from inplace.grammars.source import check_schema
 from inplace.parameters import RequestKind, parse_parameters
+from support.matching import EOS, follow
 from support.models import VOCABULARY
 from support.vocabulary import byte_fallback, tiny_tokenizer, word_piece
-from tokenizers import Tokenizer
 
-EOS = 2
 TOKENIZER = tiny_tokenizer()
 
 
@@ -27,34 +24,6 @@ def compiler() -> Iterator[GrammarCompiler]:
     made = GrammarCompiler(TOKENIZER, VOCABULARY, {EOS})
     yield made
     made.close()
-
-
-def follow(
-    compiler: GrammarCompiler,
-    source: GrammarSource,
-    seed: int = 0,
-    tokenizer: Tokenizer = TOKENIZER,
-    most: int = 400,
-) -> str:
-    """The text of random tokens that the grammar allows, up to its end."""
-    generator, tokens = random.Random(seed), list[int]()
-    matcher = compiler.compile(source).result(60).matcher({EOS})
-    matcher.advance([])
-    while len(tokens) < most:
-        assert wait_for_masks([matcher], 30) == [matcher]
-        following = matcher.receive()
-        assert following.error is None, following.error
-        if following.mask is None:
-            break
-        allowed = np.unpackbits(following.mask.view(np.uint8), bitorder="little").nonzero()[0]
-        assert (EOS in allowed) == following.may_end
-        token = generator.choice(allowed.tolist())
-        if token == EOS:
-            break
-        tokens.append(token)
-        matcher.advance([token])
-    matcher.close()
-    return str(tokenizer.decode(tokens, skip_special_tokens=False))
 
 
 def source(**parameters: object) -> GrammarSource:
@@ -153,7 +122,9 @@ def test_schemas_and_references_that_lie_too_deep_are_refused() -> None:
         ({"regex": "\u00e9" * 40000}, "expected an expression of at most 65536 bytes"),
         ({"choice": '["a", "a"]'}, "1 to 1024 different texts"),
         ({"choice": "a,b"}, "the text of a JSON array"),
-        ({"grammar": 'start: %json {"type": "string"}'}, "'%json', which is not supported"),
+        ({"grammar": 'start: %json {"not": {}}'}, "the keyword 'not' at # is not supported"),
+        ({"grammar": "start: %json word"}, "has no JSON schema behind '%json' at 7"),
+        ({"grammar": "%import common.INT"}, "has '%import', which is not supported"),
         ({"regex": "a", "json_object": True}, "['json_object', 'regex'] exclude each other"),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from inplace.errors import Code, RequestError
+from inplace.grammars.worker import WHITESPACE
 from inplace.parameters import BY_NAME, GRAMMAR_PARAMETERS
 from inplace.protocol import CHOICE, GRAMMAR, JSON, JSON_OBJECT, REGEX
 
@@ -84,8 +85,12 @@ ANNOTATIONS = frozenset(
 """Keywords that say nothing about what is valid."""
 
 
-_DIRECTIVE = re.compile(r"%(json|llguidance|import)\b")
-"""What Lark's notation has in llguidance beyond grammars."""
+_DIRECTIVE = re.compile(r"%(llguidance|import)\b")
+"""What is not supported of llguidance's notation."""
+
+
+_SCHEMA = re.compile(r"%json\s*")
+"""Before a JSON schema inside a grammar."""
 
 
 Kind = Literal["json", "regex", "grammar"]
@@ -137,13 +142,35 @@ class GrammarSource:
         if name == GRAMMAR and (directive := _DIRECTIVE.search(value)):
             raise RequestError(
                 Code.BAD_PARAMETER,
-                f"parameter {GRAMMAR!r} has {directive[0]!r}, which is not supported: JSON schemas"
-                f" are the parameter {JSON!r}",
+                f"parameter {GRAMMAR!r} has {directive[0]!r}, which is not supported: leave it out",
             )
+        if name == GRAMMAR:
+            return cls("grammar", _with_checked_schemas(value))
         if name == JSON:
             check_schema(json.loads(value))
             return cls("json", value)
         return cls("regex" if name == REGEX else "grammar", value)
+
+
+def _with_checked_schemas(grammar: str) -> str:
+    """A grammar whose JSON schemas were checked, and have bounded white space."""
+    written, position = "", 0
+    while (found := _SCHEMA.search(grammar, position)) is not None:
+        try:
+            schema, end = json.JSONDecoder().raw_decode(grammar, found.end())
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"parameter {GRAMMAR!r} has no JSON schema behind '%json' at {found.start()}:"
+                f" {error}",
+            ) from None
+        check_schema(schema)
+        if not isinstance(schema, dict):
+            raise _refusal("'%json' needs an object")
+        bounded = schema | {"x-guidance": {"whitespace_pattern": WHITESPACE}}
+        text = json.dumps(bounded, ensure_ascii=False)
+        written, position = f"{written}{grammar[position : found.end()]}{text}", end
+    return written + grammar[position:]
 
 
 def check_schema(schema: Any) -> None:

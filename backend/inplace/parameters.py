@@ -18,8 +18,10 @@ from inplace.protocol import (
     ADD_SPECIAL_TOKENS,
     ALLOWED_TOKEN_IDS,
     BANNED_TOKEN_IDS,
+    CACHE_SALT,
     CHOICE,
     FETCH,
+    FORGET,
     FROM,
     GRAMMAR,
     GROUP,
@@ -435,6 +437,16 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         limits=f"a correlation id: a whole number above 0 and below 2^63, or a text of 1 to"
         f" {MAX_SEQUENCE_ID_BYTES} bytes without a NUL byte",
     ),
+    _key(
+        CACHE_SALT,
+        "With START: only sequences with the same salt and key use each other's prefixes.",
+        frozenset({RequestKind.STEP, RequestKind.GENERATION}),
+    ),
+    _boolean(
+        FORGET,
+        "With END: no later prompt uses what the sequence has computed.",
+        frozenset({RequestKind.STEP, RequestKind.GENERATION, RequestKind.END}),
+    ),
     ParameterSpec(
         "temperature",
         "number",
@@ -625,7 +637,6 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         frozenset({RequestKind.PROXY}),
         default=None,
     ),
-    _reserved("cache_salt", "Separates cached prefixes of different clients."),
     _reserved("restore", "Begin a sequence from a snapshot."),
 )
 """All parameters, in the order of the documentation."""

@@ -8,6 +8,14 @@ SEQUENCE_KEY, POSITION, GROUP = "sequence_key", "position", "group"
 """Parameters of every request."""
 
 
+CACHE_SALT, FORGET = "cache_salt", "forget"
+"""Parameters of the reuse of prefixes: of a START, and of an END."""
+
+
+REUSED_TOKENS = "reused_tokens"
+"""The output of a generation: how many tokens of its prompt were not computed again."""
+
+
 FROM = "from"
 """The parameter of a START that begins the sequence as a copy of another one."""
 

@@ -16,7 +16,7 @@ from inplace_builder import BuildOptions, DecoderOptions, capture_decoder
 from inplace_builder.capture.slot_cache import SeenLayers, SlotCache
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
-from support.copying import check_copy
+from support.copying import check_copy, check_prefix
 from support.decoding import SHAPE, generate, generate_together, random_prompt
 from support.long import long_except
 from support.models import open_instance
@@ -176,6 +176,7 @@ def test_ragged_rows_generate_what_transformers_generates(tmp_path: Path, name: 
     instance = build(model, tmp_path / "model")
     assert generate_together(instance, PROMPTS, TOKENS) == expected
     check_copy(instance, 7, 11)
+    check_prefix(instance, 7, 16)
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def test_a_stream_model_is_decoupled_and_takes_text_or_ids(built: Path) -> None:
         ("logits", pb.TYPE_FP32, [VOCABULARY]),
         *LOGPROBS,
         *GENERATED,
+        ("reused_tokens", pb.TYPE_INT64, [1]),
     ]
     assert {name: value.string_value for name, value in config.parameters.items()} == {
         "serve": "stream",

@@ -17,7 +17,7 @@ from inplace_builder.capture.slot_cache import SeenLayers, SlotCache
 from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.reach import position_constants, positions_to_verify
-from support.copying import check_copy
+from support.copying import check_copy, check_prefix
 from support.decoding import SHAPE, generate, generate_together, random_prompt
 from support.long import long_except
 from support.models import greedy, open_instance
@@ -210,6 +210,7 @@ def test_attention_in_chunks_starts_anew_in_each(tmp_path: Path) -> None:
     assert generate_together(instance, prompts, 40) == expected
     for length in (9, 37):  # before and after a ring is full
         check_copy(instance, 5, length)
+    check_prefix(instance, 5, 37)
     whole = capture_decoder(chunked_llama(128), DECODER_OPTIONS)
     assert chunks_of(whole) == windows_of(whole) == [0, 0]
 

@@ -4,6 +4,7 @@ import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
+from inplace.schema.prefixes import PrefixOptions
 from inplace.schema.specs import Update
 from torch import Tensor
 
@@ -66,6 +67,31 @@ def check_copy(instance: ModelInstance, seed: int, length: int) -> None:
     for row, alone in zip(([given, *own], [given, own[0], copied]), expected, strict=True):
         assert all(torch.equal(*pair) for pair in zip(row, alone, strict=True))
     assert instance.arena.addresses() == addresses
+
+
+def check_prefix(instance: ModelInstance, seed: int, length: int) -> None:
+    """A prompt that begins with all tokens of a kept slot gives the bits of one that is computed.
+
+    One that begins with a part of them uses nothing, where states hold one moment only.
+
+    Args:
+        instance: a decoder with states that do not only append.
+        seed: of the tokens.
+        length: tokens that are reused.
+    """
+    poison(instance)
+    instance.reuse_prefixes(PrefixOptions())
+    assert instance.prefixes is not None
+    begin, rest = random_prompt(seed, length), random_prompt(seed + 1, 3)
+    feed(instance, "alone", begin, position=0, sequence_key="other")
+    expected = feed(instance, "alone", rest, sequence_key="other")
+    instance.table.end(instance.table.find("alone"))
+    feed(instance, "first", begin, position=0)
+    instance.table.end(instance.table.find("first"))
+    assert torch.equal(feed(instance, "second", begin + rest, position=0), expected)
+    instance.table.end(instance.table.find("second"))
+    feed(instance, "third", begin, position=0)
+    assert instance.observer.metrics.snapshot()["inplace_prefix_tokens_total", ""] == length
 
 
 def _check_unused(instance: ModelInstance, length: int) -> None:

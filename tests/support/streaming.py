@@ -22,6 +22,7 @@ from support.models import CAPACITY
 ALL_OUTPUTS = frozenset(
     {"tokens", "text_output", "finish_reason", "next_token", "logits", "sum", "values"}
     | {"token_logprobs", "top_logprobs", "top_tokens", *PROMPT_OUTPUTS}
+    | {"reused_tokens"}
 )
 
 

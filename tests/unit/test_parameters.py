@@ -23,7 +23,7 @@ from inplace.parameters import (
 from inplace.runtime.requests import SamplingParams
 
 ROOT = Path(__file__).parents[2]
-RESERVED = "cache_salt restore"
+RESERVED = "restore"
 VALUES = (
     st.none()
     | st.booleans()

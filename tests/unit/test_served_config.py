@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[Callable[[Config], object], str]] = {
     "a renamed output": (
         lambda c: tensor(c, "output", "logits").update(name="scores"),
         "output scores is not one of the engine's outputs ['next_token', 'logits', 'tokens', "
-        "'text_output', 'finish_reason']; output logits is missing",
+        "'text_output', 'finish_reason', 'reused_tokens']; output logits is missing",
     ),
     "a missing output": (
         lambda c: c["output"].remove(tensor(c, "output", "tokens")),

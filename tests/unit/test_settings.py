@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from inplace.errors import LoadError
+from inplace.schema.prefixes import PrefixOptions
 from inplace.schema.served import Manifest
 from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace.server.settings import MAX_WAITING, Settings
@@ -139,6 +140,8 @@ def test_a_stream_model_has_end_tokens_a_queue_and_an_idle_timeout_of_its_own() 
             "5,7",
             "parameter generation_queue is '5,7'; expected one whole number of at least 0",
         ),
+        ("prefix_reuse", "yes", "parameter prefix_reuse is 'yes'; expected on or off"),
+        ("prefix_reuse_seconds", "0", "prefix_reuse_seconds is '0'; expected a number of seconds"),
         (
             "idle_timeout_second",
             "5",
@@ -207,3 +210,19 @@ def test_a_capacity_is_taken_as_written() -> None:
     assert parse(parameters={"capacity": {"string_value": "512"}}).capacity == 512
     with pytest.raises(LoadError, match="parameter capacity is '-1'; expected whole numbers"):
         parse(parameters={"capacity": {"string_value": "-1"}})
+
+
+def test_prefixes_are_reused_only_where_the_operator_says_so() -> None:
+    def settings(**values: str) -> Settings:
+        given = {name: {"string_value": value} for name, value in values.items()}
+        return parse(parameters=given)
+
+    assert settings().prefixes is None
+    assert settings(prefix_reuse="off", prefix_reuse_slots="3").prefixes is None
+    assert settings(prefix_reuse="on").prefixes == PrefixOptions(600.0, None, without_key=False)
+    assert settings(
+        prefix_reuse="on",
+        prefix_reuse_seconds="2.5",
+        prefix_reuse_slots="3",
+        prefix_reuse_without_key="on",
+    ).prefixes == PrefixOptions(2.5, 3, without_key=True)

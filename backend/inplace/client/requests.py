@@ -37,6 +37,7 @@ from inplace.protocol import (
     POSITIONS,
     PROMPT_LOGPROBS,
     REQUESTS,
+    REUSED_TOKENS,
     STOP,
     STOP_TOKEN_IDS,
     TEXT,
@@ -163,8 +164,8 @@ class ModelMetadata:
         names = [tensor.name for tensor in config.output]
         streams_steps = decoupled and counts_requests and FINISH_REASON in names
         generates = decoupled and not streams_steps
-        generated = (TOKENS, TEXT_OUTPUT, FINISH_REASON) if generates else ()
         asked = (LOGITS, TOKEN_LOGPROBS, TOP_LOGPROBS, TOP_TOKENS, *PROMPT_OUTPUTS)
+        generated = (TOKENS, TEXT_OUTPUT, FINISH_REASON, REUSED_TOKENS) if generates else ()
         return cls(
             decoupled=decoupled,
             token_inputs=frozenset(

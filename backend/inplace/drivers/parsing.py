@@ -24,6 +24,7 @@ from inplace.protocol import (
     FINISH_REASON,
     MAX_TOKENS,
     MIN_TOKENS,
+    REUSED_TOKENS,
     STOP,
     STOP_TOKEN_IDS,
     TEXT,
@@ -75,7 +76,7 @@ class RequestParser:
         self._special_tokens: dict[str, int] = {}
         self._first_tokens: list[int] = []
         self._step_outputs = frozenset(spec.name for spec in instance.program.outputs)
-        self._generation_outputs = frozenset({TOKENS, FINISH_REASON})
+        self._generation_outputs = frozenset({TOKENS, FINISH_REASON, REUSED_TOKENS})
         if instance.program.max_adjusted:
             self._generation_outputs |= {role.value for role in LOGPROB_ROLES}
         if instance.prompt_engine is not None:
@@ -117,6 +118,7 @@ class RequestParser:
             parse_parameters(request.parameters, kind, self._instance.is_forwarded)
             if kind is RequestKind.END:
                 check_audio_parameters(self._instance.program, request.parameters)
+                request.forgets()
                 return StreamRequest(
                     replace(unvalidated, position=request.position()), Reply(channel)
                 )

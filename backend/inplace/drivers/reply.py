@@ -22,6 +22,7 @@ from inplace.errors import Code, RequestError
 from inplace.protocol import (
     FETCH,
     FINISH_REASON,
+    REUSED_TOKENS,
     TEXT_OUTPUT,
     TOKEN_LOGPROBS,
     TOKENS,
@@ -105,6 +106,7 @@ class Reply:
         finished: the final response has been sent.
         prompt_outputs: what the response with the first token has of the prompt. Set before that
             token is added.
+        num_reused_tokens: tokens of its prompt that were not computed; set when it is admitted.
     """
 
     __slots__ = (
@@ -118,6 +120,7 @@ class Reply:
         "_tokens",
         "channel",
         "finished",
+        "num_reused_tokens",
         "prompt_outputs",
     )
 
@@ -141,6 +144,7 @@ class Reply:
         self._send_failed = False
         self.finished = False
         self.prompt_outputs: Outputs = {}
+        self.num_reused_tokens = 0
 
     def add(self, piece: Piece) -> bool:
         """Add a token, or tokens.
@@ -218,6 +222,8 @@ class Reply:
         outputs = self._outputs(tokens, final)
         if FINISH_REASON in self.channel.requested_outputs:
             outputs[FINISH_REASON] = "" if final is None else str(final.result)
+        if final is not None and REUSED_TOKENS in self.channel.requested_outputs:
+            outputs[REUSED_TOKENS] = torch.tensor([[self.num_reused_tokens]])
         return outputs
 
     def _outputs(self, tokens: list[Any], final: FinalResponse | None) -> dict[str, Tensor | str]:

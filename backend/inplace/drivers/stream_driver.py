@@ -454,6 +454,7 @@ class EngineLoop:
         except RequestError as error:
             self._refuse(request, error)
             return False
+        request.reply.num_reused_tokens = active.num_reused_tokens
         if request.generation is not None:
             capacity = self._instance.manifest.capacity
             used = active.sequence.length + active.num_tokens

@@ -87,17 +87,29 @@ class Arena:
 
         Args:
             source: the slot to copy.
-            target: a slot without an owner.
+            target: a slot without an owner; the source itself, of which fewer positions are used.
             length: positions that the source holds: of states that append, only these are copied.
                 None copies whole slots.
         """
-        for spec in self.specs:
+        for spec in self.specs if source != target else ():
             old, new = self.tensors[spec.name][source], self.tensors[spec.name][target]
             if spec.update is Update.APPEND and spec.axis is not None and length is not None:
-                if spec.reset:
-                    self._refill(spec, new)
                 old, new = (each.narrow(spec.axis, 0, length) for each in (old, new))
             new.copy_(old)
+        if length is not None:
+            self._refill_behind(target, length)
+
+    def _refill_behind(self, slot: int, length: int) -> None:
+        """Refill the positions that are not used, in the states that need it."""
+        for spec in self.specs:
+            if spec.reset and spec.update is Update.APPEND and spec.axis is not None:
+                rest = spec.shape[spec.axis] - length
+                tensor = self.tensors[spec.name][slot].narrow(spec.axis, length, rest)
+                value = self._initial.get(spec.name)
+                if value is None:
+                    tensor.fill_(spec.fill)
+                else:
+                    tensor.copy_(value.narrow(spec.axis, length, rest))
 
     def save(self, slot: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of some states of a slot, by name."""

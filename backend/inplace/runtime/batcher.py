@@ -63,6 +63,7 @@ class ActiveRequest:
         dropped: its client has its answer already; a step in flight must not change it any more.
         progress: its place in its schedule; None in an engine without one.
         prompt_logprobs: the log-probabilities of its own tokens; None if it does not ask for them.
+        num_reused_tokens: tokens of its prompt whose states were there already.
     """
 
     request: Request
@@ -83,6 +84,7 @@ class ActiveRequest:
     dropped: bool = False
     progress: "ScheduleProgress | None" = None
     prompt_logprobs: PromptLogprobs | None = None
+    num_reused_tokens: int = 0
 
     @property
     def num_waiting_tokens(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from inplace.engines import NO_OTHER_THREADS, Finish, StepEngine
 from inplace.engines.arena import Arena
 from inplace.errors import Code, LoadError, RequestError
 from inplace.parameters import forwards_nothing, parse_parameters
-from inplace.protocol import GROUP, LOGITS
+from inplace.protocol import FORGET, GROUP, LOGITS
 from inplace.runtime.batcher import (
     ActiveRequest,
     Batch,
@@ -27,11 +28,13 @@ from inplace.runtime.batcher import (
 )
 from inplace.runtime.loading import load_engines, make_arena
 from inplace.runtime.observer import Observer
+from inplace.runtime.prefixes import PrefixCache
 from inplace.runtime.prompt import PromptLogprobs, StepPart, launch_parts
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
 from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import EndReason, SequenceState, SlotTable
 from inplace.schema.files import EngineFolder
+from inplace.schema.prefixes import PrefixOptions
 from inplace.schema.schedule import PROMPT_LOGPROBS, STEP
 from inplace.schema.served import Manifest, Program
 from inplace.schema.specs import LOGPROB_ROLES, Update
@@ -83,6 +86,7 @@ class ModelInstance:
         program: the program of a step.
         observer: counts and logs what happens.
         table: the live sequences.
+        prefixes: free slots whose tokens are known; None where prefixes are not reused.
         gil_released: entered by the engine while it waits for the device, so that other threads
             can run Python meanwhile.
         is_forwarded: whether a parameter is a header that the server forwards, so that its name
@@ -105,6 +109,7 @@ class ModelInstance:
         self.arena = arena
         self.engine = engine
         self.observer = Observer(arena.slots, arena.bytes)
+        self._clock = clock
         self.table = SlotTable(arena.slots, idle_timeout, clock, self.observer)
         self.gil_released: AbstractContextManager[object] = NO_OTHER_THREADS
         self.is_forwarded: Callable[[str], bool] = forwards_nothing
@@ -114,8 +119,9 @@ class ModelInstance:
             spec.name for spec in outputs if spec.on_request and spec.role not in LOGPROB_ROLES
         )
         io = self.program.decoder_io
-        # What penalties count, where the program has them.
+        # What penalties count, where the program has them, and prefixes are found by.
         self._counted_input = io[0] if io is not None and self.program.max_adjusted else None
+        self.prefixes: PrefixCache | None = None
         self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
 
     @classmethod
@@ -162,6 +168,26 @@ class ModelInstance:
         prompt_engine = engines.get(PROMPT_LOGPROBS)
         return cls(manifest, arena, engines[STEP], idle_timeout, prompt_engine=prompt_engine)
 
+    def reuse_prefixes(self, options: PrefixOptions) -> None:
+        """Let prompts use what earlier ones have computed; before the first request.
+
+        Raises:
+            LoadError: the model is not a language model of one program, has a draft, or its tokens
+                see later ones, so that states depend on which tokens were fed together.
+        """
+        io = self.program.decoder_io
+        drafts = self.manifest.decode_schedule is not None
+        if io is None or self.manifest.is_scheduled or drafts or self.program.lookahead:
+            raise LoadError(
+                "config.pbtxt: prefixes are reused in language models without a draft whose tokens "
+                "see earlier ones alone, and this model is none: leave prefix_reuse out"
+            )
+        self._counted_input = io[0]
+        self.prefixes = self.table.kept = PrefixCache(
+            options, self.arena.slots, appends_only=self._appends_only, clock=self._clock
+        )
+        self.observer.watch_kept(self.prefixes)
+
     # Requests
 
     def admit(self, request: Request) -> ActiveRequest:
@@ -206,6 +232,8 @@ class ModelInstance:
             validated.prompt_logprobs = request.prompt_logprobs(self._prompt_program)
             validated.position = request.position()
             validated.source = request.source()
+            validated.cache_salt = request.cache_salt()
+            request.forgets()
         except RequestError as error:
             return ValidatedRequest(request, key_digest, refusal=error)
         return validated
@@ -265,9 +293,11 @@ class ModelInstance:
         except RequestError:
             live = self.table.get(request.sequence_id)
             if request.end and live is not None:
+                self._forget_if_asked(request, live)
                 self.table.end(live)
             raise
         sequence.busy = True
+        self._forget_if_asked(request, sequence)
         self.observer.request_admitted(monotonic() - request.arrival_time)
         active = ActiveRequest(
             request,
@@ -286,6 +316,8 @@ class ModelInstance:
                 validated.prompt_logprobs,
                 pending=sequence.pending_token is not None,
             )
+        if request.start and source is None and sequence.length:
+            self._skip_prefix(active)
         self._prepend_pending_token(active)
         active.end_position = sequence.length + active.num_tokens + validated.max_new_tokens
         return active
@@ -311,6 +343,8 @@ class ModelInstance:
         if source is not None:
             self.table.touch(source)  # or it might be reclaimed to make room for its copy
         request = validated.request
+        if source is None and self.prefixes is not None:
+            return self._start_with_prefix(validated, self.prefixes)
         sequence = self.table.start(request.sequence_id, validated.key_digest)
         sequence.group = request.parameters.get(GROUP)
         if source is None:
@@ -320,9 +354,50 @@ class ModelInstance:
             sequence.copy_from(source)
         return sequence
 
+    def _start_with_prefix(
+        self, validated: ValidatedRequest, prefixes: PrefixCache
+    ) -> SequenceState:
+        """Begin a sequence with the states of the first tokens of its prompt, if a slot has them.
+
+        Raises:
+            RequestError: NO_FREE_SLOT.
+        """
+        request, prefix = validated.request, None
+        salt = prefixes.salt(validated.key_digest, validated.cache_salt)
+        self.table.reclaim_idle()
+        computes_all = validated.prompt_logprobs is not None
+        if salt is not None and not computes_all and validated.num_tokens > 1:
+            assert self._counted_input is not None
+            prompt = validated.inputs[self._counted_input].numpy().astype(np.int32)
+            prefix = prefixes.find(salt, prompt, self.table.live)
+        slot = None if prefix is None or prefix.kept is None else prefixes.take(prefix.kept)
+        sequence = self.table.start(request.sequence_id, validated.key_digest, slot)
+        sequence.group, sequence.salt = request.parameters.get(GROUP), salt
+        if prefix is None:
+            self.arena.reset(sequence.slot)
+            return sequence
+        self.arena.copy(prefix.slot, sequence.slot, prefix.length)
+        sequence.length = prefix.length
+        sequence.token_ids.frombytes(prompt[: prefix.length].tobytes())
+        self.observer.prefix_reused(prefix.length, copied=prefix.slot != sequence.slot)
+        return sequence
+
+    def _skip_prefix(self, active: ActiveRequest) -> None:
+        """Feed only the tokens of a prompt whose states are not there yet."""
+        assert self._counted_input is not None
+        reused = active.sequence.length
+        active.inputs = {self._counted_input: active.inputs[self._counted_input][reused:]}
+        active.num_tokens -= reused
+        active.num_reused_tokens = reused
+
+    @staticmethod
+    def _forget_if_asked(request: Request, sequence: SequenceState) -> None:
+        if request.end and FORGET in request.parameters and request.flag(FORGET):
+            sequence.salt = None
+
     def _used_length(self, sequence: SequenceState) -> int | None:
         """The positions of the states that append which a sequence uses; None if not known."""
-        return sequence.length
+        return sequence.length if self.manifest.decode_schedule is None else None
 
     def _adjustments(
         self, validated: ValidatedRequest, sequence: SequenceState | None
@@ -353,6 +428,7 @@ class ModelInstance:
         """
         live = self.table.find(validated.request.sequence_id)
         live.check_key(validated.key_digest, start=False)
+        self._forget_if_asked(validated.request, live)
         self.table.end(live)
         _check_position(validated, live.position)
 

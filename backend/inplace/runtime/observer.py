@@ -151,6 +151,30 @@ DRAFTED = Metric(
 )
 
 
+TAKEN, COPIED = "taken", "copied"
+
+
+REUSES = Metric(
+    "inplace_prefix_reuses_total",
+    "counter",
+    "Sequences that began with the states of an earlier one: in its slot (taken), or copied.",
+    "how",
+    (TAKEN, COPIED),
+)
+
+
+REUSED = Metric(
+    "inplace_prefix_tokens_total",
+    "counter",
+    "Tokens of prompts that were not computed, because an earlier sequence had the same.",
+)
+
+
+SLOTS_KEPT = Metric(
+    "inplace_slots_kept", "gauge", "Free slots that are kept with the tokens of a prefix."
+)
+
+
 WAITING = Metric("inplace_requests_waiting", "gauge", "Requests that wait for a slot.")
 
 
@@ -242,6 +266,9 @@ METRICS = (
     REFUSED,
     TOKENS,
     DRAFTED,
+    REUSES,
+    REUSED,
+    SLOTS_KEPT,
     WAITING,
     PLACES,
     PLACES_OPEN,
@@ -412,6 +439,15 @@ class Observer:
     def request_admitted(self, queue_seconds: float) -> None:
         """A request was given its sequence, ``queue_seconds`` after it had arrived."""
         self.metrics.observe(QUEUE, queue_seconds)
+
+    def prefix_reused(self, num_tokens: int, *, copied: bool) -> None:
+        """A sequence began with ``num_tokens`` of its prompt computed already."""
+        self.metrics.add(REUSES, label_value=COPIED if copied else TAKEN)
+        self.metrics.add(REUSED, num_tokens)
+
+    def watch_kept(self, kept: Sized) -> None:
+        """Report how many free slots are kept with their tokens, now and later."""
+        self.metrics.set_function(SLOTS_KEPT, lambda: len(kept))
 
     def watch_waiting(self, waiting: Sized) -> None:
         """Report the length of this queue, now and later, as the requests that wait for a slot."""

@@ -21,6 +21,8 @@ from inplace.parameters import (
 from inplace.protocol import (
     ALLOWED_TOKEN_IDS,
     BANNED_TOKEN_IDS,
+    CACHE_SALT,
+    FORGET,
     FROM,
     GROUP,
     LOGIT_BIAS,
@@ -292,6 +294,37 @@ class Request:
             raise BY_NAME[FROM].refusal(source, "the id of another sequence")
         return source
 
+    def cache_salt(self) -> str:
+        """The parameter ``cache_salt``; empty if absent.
+
+        Raises:
+            RequestError: BAD_PARAMETER, it is not a key, or the request is no START of a sequence
+                of its own.
+        """
+        if CACHE_SALT not in self.parameters:
+            return ""
+        salt = BY_NAME[CACHE_SALT].parse(self.parameters[CACHE_SALT])
+        if not self.start or FROM in self.parameters:
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"parameter {CACHE_SALT!r} belongs to a START without {FROM!r}: leave it out",
+            )
+        return str(salt)
+
+    def forgets(self) -> bool:
+        """The parameter ``forget``: whether nothing of the sequence is kept after its end.
+
+        Raises:
+            RequestError: BAD_PARAMETER, it is true and the request has no END.
+        """
+        if not self.flag(FORGET):
+            return False
+        if not self.end:
+            raise RequestError(
+                Code.BAD_PARAMETER, f"parameter {FORGET!r} belongs to an END: leave it out"
+            )
+        return True
+
     def key_digest(self) -> bytes | None:
         """SHA-256 of the parameter ``sequence_key``; None if absent.
 
@@ -375,6 +408,7 @@ class ValidatedRequest:
         min_new_tokens: how many generated tokens must fit after them.
         position: the parameter ``position``; None if absent.
         source: the parameter ``from``; None if absent.
+        cache_salt: the parameter ``cache_salt``; empty if absent.
         sampling_params: how its next token is chosen.
         prompt_logprobs: of how many of the most likely tokens it asks the log-probabilities, in the
             place of each of its own; None for no log-probabilities of its own tokens.
@@ -392,6 +426,7 @@ class ValidatedRequest:
     min_new_tokens: int = 0
     position: int | None = None
     source: SequenceId | None = None
+    cache_salt: str = ""
     sampling_params: SamplingParams = GREEDY
     prompt_logprobs: int | None = None
     requested_outputs: frozenset[str] = frozenset()

@@ -3,7 +3,7 @@
 import hmac
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from time import monotonic
@@ -58,6 +58,7 @@ class SequenceState:
         slot: its row of the arena.
         key_digest: digest of the ``sequence_key`` of its START; None without one.
         group: the parameter ``group`` of its START; None without one.
+        salt: what it must have in common with sequences that use its prefixes; None if none may.
         token_ids: the tokens at these positions, where an engine may have to know them; else empty.
         length: positions that its slot holds (the cached length).
         pending_token: the last token of a generation, which no step has consumed yet. It belongs to
@@ -74,6 +75,7 @@ class SequenceState:
     slot: int
     key_digest: bytes | None = None
     group: Parameter | None = None
+    salt: bytes | None = None
     length: int = 0
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     pending_token: int | None = None
@@ -92,6 +94,7 @@ class SequenceState:
     def copy_from(self, source: "SequenceState") -> None:
         """Take over all of another sequence but its id, its slot and its key."""
         self.group = source.group if self.group is None else self.group
+        self.salt = source.salt
         self.length, self.token_ids = source.length, source.token_ids[:]
         self.pending_token = source.pending_token
         self.positions = dict(source.positions)
@@ -166,6 +169,22 @@ class SlotObserver(Protocol):
         """A sequence gave its slot back."""
 
 
+class FreeSlots(Protocol):
+    """Keeps free slots for a later use (`inplace.runtime.prefixes.PrefixCache`)."""
+
+    def __len__(self) -> int:
+        """The number of kept slots."""
+
+    def keep(self, sequence: SequenceState, reason: EndReason) -> list[int]:
+        """Keep the slot of a sequence that has ended; returns slots that are not kept any more."""
+
+    def take_oldest(self) -> int:
+        """Forget the slot that has not been used for the longest time; returns it."""
+
+    def take_expired(self) -> list[int]:
+        """Forget the slots whose time is over; returns them."""
+
+
 class SlotTable:
     """Which sequence owns which slot. A slot has at most one owner. Not thread-safe.
 
@@ -174,6 +193,9 @@ class SlotTable:
         idle_timeout: seconds after its last response at which a sequence loses its slot.
         clock: monotonic seconds.
         observer: receives the starts and ends of sequences.
+
+    Attributes:
+        kept: keeps slots of sequences that have ended; they are free. None keeps none.
     """
 
     def __init__(
@@ -187,6 +209,7 @@ class SlotTable:
         self.idle_timeout = idle_timeout
         self._clock = clock
         self._observer = observer
+        self.kept: FreeSlots | None = None
         self._free = list(range(num_slots - 1, -1, -1))
         self._live: OrderedDict[SequenceId, SequenceState] = OrderedDict()  # longest idle first
         self._reclaimed: OrderedDict[SequenceId, float] = OrderedDict()  # seconds they were idle
@@ -198,7 +221,12 @@ class SlotTable:
     @property
     def num_free(self) -> int:
         """Slots without an owner."""
-        return len(self._free)
+        return len(self._free) + (0 if self.kept is None else len(self.kept))
+
+    @property
+    def live(self) -> Iterable[SequenceState]:
+        """The live sequences, those first that were last answered the longest time ago."""
+        return self._live.values()
 
     def get(self, id: SequenceId) -> SequenceState | None:
         """The live sequence with this id; None without one."""
@@ -225,20 +253,23 @@ class SlotTable:
             f"no sequence {id!r} is live: {reason}; send a request with the START flag",
         )
 
-    def start(self, id: SequenceId, key_digest: bytes | None = None) -> SequenceState:
+    def start(
+        self, id: SequenceId, key_digest: bytes | None = None, slot: int | None = None
+    ) -> SequenceState:
         """Give a new sequence a slot; idle sequences are reclaimed if there is none.
 
         Args:
             id: the correlation id; no live sequence has it.
             key_digest: digest of the key that its later requests must carry; None for no key.
+            slot: one that was kept and is not any more; None for any free one.
 
         Raises:
             RequestError: NO_FREE_SLOT, retryable.
         """
         assert id not in self._live
-        if not self._free:
+        if slot is None and not self.num_free:
             self.reclaim_idle()
-        if not self._free:
+        if slot is None and not self.num_free:
             raise RequestError(
                 Code.NO_FREE_SLOT,
                 f"all {self.num_slots} slots are owned by live sequences; retry when one has ended,"
@@ -246,7 +277,9 @@ class SlotTable:
                 retryable=True,
             )
         self._reclaimed.pop(id, None)
-        sequence = SequenceState(id, self._free.pop(), key_digest, last_response=self._clock())
+        if slot is None:
+            slot = self._take_free()
+        sequence = SequenceState(id, slot, key_digest, last_response=self._clock())
         self._live[id] = sequence
         if self._observer is not None:
             self._observer.sequence_started(sequence)
@@ -255,9 +288,17 @@ class SlotTable:
     def end(self, sequence: SequenceState, reason: EndReason = EndReason.END) -> None:
         """End a live sequence and free its slot."""
         del self._live[sequence.id]
-        self._free.append(sequence.slot)
+        if self.kept is None:
+            self._free.append(sequence.slot)
+        else:
+            self._free += self.kept.keep(sequence, reason)
         if self._observer is not None:
             self._observer.sequence_ended(sequence, reason)
+
+    def _take_free(self) -> int:
+        if not self._free and self.kept is not None:
+            return self.kept.take_oldest()
+        return self._free.pop()
 
     def touch(self, sequence: SequenceState) -> None:
         """Restart the idle clock of a sequence that has just been answered."""
@@ -267,6 +308,8 @@ class SlotTable:
     def reclaim_idle(self) -> list[SequenceState]:
         """End every sequence that has been idle for the timeout, and return them."""
         now = self._clock()
+        if self.kept is not None:
+            self._free += self.kept.take_expired()
         idle = self.idle_for(self.idle_timeout)
         for sequence in idle:
             self.end(sequence, EndReason.IDLE)

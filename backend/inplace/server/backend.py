@@ -124,6 +124,8 @@ def _load(args: dict[str, str]) -> LoadedModel:
     else:
         instance = load()
     instance.is_forwarded = settings.is_forwarded
+    if settings.prefixes is not None:
+        instance.reuse_prefixes(settings.prefixes)
     metrics = _start_reports(instance, settings, args)
     if streams:
         config = TokenizerConfig(tokenizer, settings.eos)

@@ -21,6 +21,7 @@ from inplace.protocol import (
     PROMPT_TOKENS,
     PROMPT_TOP_LOGPROBS,
     PROMPT_TOP_TOKENS,
+    REUSED_TOKENS,
     STOP,
     TEXT,
     TEXT_OUTPUT,
@@ -153,7 +154,7 @@ def model_tensors(
     outputs += PROMPT_LOGPROB_OUTPUTS if prompt_logprobs else ()
     if generates:
         inputs += _text_inputs(has_tokenizer, ragged=True)
-        outputs += _generation_outputs(has_tokenizer)
+        outputs += (*_generation_outputs(has_tokenizer), REUSED_OUTPUT)
     if any(spec.role is Role.TOKENS for spec in program.outputs):
         outputs += _text_outputs(has_tokenizer)
         outputs += (FINISH_OUTPUT,) if streams else ()
@@ -201,6 +202,9 @@ def _text_inputs(has_tokenizer: bool, *, ragged: bool) -> tuple[ServerTensor, ..
 
 
 FINISH_OUTPUT = ServerTensor(FINISH_REASON, "TYPE_STRING", (1,))
+
+
+REUSED_OUTPUT = ServerTensor(REUSED_TOKENS, TRITON_TYPES[Dtype.INT64], (1,))
 
 
 def _text_outputs(has_tokenizer: bool) -> tuple[ServerTensor, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from inplace.errors import LoadError
 from inplace.protocol import CHUNK_SAMPLES, POSITIONS, SAMPLE_RATE, WINDOW_SAMPLES
+from inplace.schema.prefixes import PrefixOptions
 
 if TYPE_CHECKING:
     from inplace.schema.served import Manifest
@@ -54,6 +55,16 @@ FORWARDED_HEADERS = "forwarded_headers"
 requests: what ``--http-header-forward-pattern`` and ``--grpc-header-forward-pattern`` have."""
 
 
+PREFIX_REUSE, PREFIX_WITHOUT_KEY = "prefix_reuse", "prefix_reuse_without_key"
+"""The parameters, ``on`` or ``off``, that let prompts use what earlier sequences have computed, and
+those of sequences without a key too."""
+
+
+PREFIX_SECONDS, PREFIX_SLOTS = "prefix_reuse_seconds", "prefix_reuse_slots"
+"""The parameters with the time for which a free slot is kept with its tokens, and with the most
+slots that are kept for one client."""
+
+
 PARAMETERS = (
     SERVE,
     IDLE_TIMEOUT,
@@ -64,6 +75,10 @@ PARAMETERS = (
     CALL_ROWS,
     LOOP_CALLS,
     FORWARDED_HEADERS,
+    PREFIX_REUSE,
+    PREFIX_WITHOUT_KEY,
+    PREFIX_SECONDS,
+    PREFIX_SLOTS,
     POSITIONS,
     SAMPLE_RATE,
     WINDOW_SAMPLES,
@@ -116,6 +131,7 @@ class Settings:
         call_rows: by program of a schedule, most rows of a call.
         loop_calls: most calls of a program of a schedule in succession before the host reads what
             they gave; None for the engine's default.
+        prefixes: how prompts use what earlier ones have computed; None if they do not.
         log_level: the lowest level of the log records that reach the server's log.
         forwarded_headers: matches the names of headers that arrive as parameters; None if the
             server forwards none.
@@ -129,6 +145,7 @@ class Settings:
     capacity: int | None = None
     call_rows: Mapping[str, int] = field(default_factory=dict)
     loop_calls: int | None = None
+    prefixes: PrefixOptions | None = None
     log_level: int = logging.INFO
     forwarded_headers: re.Pattern[str] | None = None
     notes: tuple[str, ...] = ()
@@ -181,6 +198,7 @@ class Settings:
             capacity=_integer(config, CAPACITY),
             call_rows=_call_rows(config, manifest),
             loop_calls=_loop_calls(config, manifest),
+            prefixes=_prefixes(config),
             log_level=_log_level(config),
             forwarded_headers=forwarded_headers(model_config),
             notes=notes,
@@ -272,6 +290,34 @@ def _loop_calls(config: dict[str, Any], manifest: "Manifest") -> int | None:
     return calls
 
 
+def _prefixes(config: dict[str, Any]) -> PrefixOptions | None:
+    """How prefixes are reused; None if they are not."""
+    without_key = _switch(config, PREFIX_WITHOUT_KEY)
+    seconds = _seconds(config, PREFIX_SECONDS, PrefixOptions.seconds)
+    options = PrefixOptions(seconds, _integer(config, PREFIX_SLOTS), without_key)
+    return options if _switch(config, PREFIX_REUSE) else None
+
+
+def _switch(config: dict[str, Any], name: str) -> bool:
+    text = _text(config, name, "off")
+    if text not in ("on", "off"):
+        raise LoadError(f"config.pbtxt: parameter {name} is {text!r}; expected on or off")
+    return text == "on"
+
+
+def _seconds(config: dict[str, Any], name: str, default: float) -> float:
+    text = _text(config, name, f"{default:g}")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = float("nan")
+    if not 0 < seconds < float("inf"):
+        raise LoadError(
+            f"config.pbtxt: parameter {name} is {text!r}; expected a number of seconds above 0"
+        )
+    return seconds
+
+
 def forwarded_headers(model_config: str) -> re.Pattern[str] | None:
     """The setting `FORWARDED_HEADERS` of a model configuration (JSON).
 
@@ -321,16 +367,7 @@ def _idle_timeout(config: dict[str, Any], serve: ServeMode) -> tuple[float, tupl
     """
     microseconds = int(config["sequence_batching"].get("max_sequence_idle_microseconds", 0))
     triton_idle = microseconds or TRITON_IDLE_MICROSECONDS
-    text = _text(config, IDLE_TIMEOUT, "600")
-    try:
-        idle = float(text)
-    except ValueError:
-        idle = float("nan")
-    if not 0 < idle < float("inf"):
-        raise LoadError(
-            f"config.pbtxt: parameter {IDLE_TIMEOUT} is {text!r}; "
-            "expected a number of seconds above 0"
-        )
+    idle = _seconds(config, IDLE_TIMEOUT, 600.0)
     if serve == "stream" or idle >= triton_idle / 1e6:
         return idle, ()
     note = (

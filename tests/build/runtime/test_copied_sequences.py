@@ -119,11 +119,11 @@ def test_from_belongs_to_a_start(first: StepDriver) -> None:
 def test_the_last_slot_is_not_taken_from_the_sequence_that_is_copied(
     repository: Repository, drive: OpenDriver
 ) -> None:
-    driver = drive(repository.path / "brief", idle_timeout=1e-3)
+    driver = drive(repository.path / "brief", idle_timeout=600.0)
     driver.run([step_request(1, IDS, start=True, **KEY)])
     table = driver.instance.table
     with driver._lock:  # no other thread reclaims
-        table.find(1).last_response -= 1.0
+        table.find(1).last_response -= 601.0
         driver.instance.admit(step_request(2, [5], **COPY))
     assert {each.id for each in (table.find(1), table.find(2))} == {1, 2}
 

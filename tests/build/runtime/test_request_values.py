@@ -142,7 +142,11 @@ def test_an_end_that_cannot_be_read_frees_its_slot(streams: OpenStreams) -> None
     ("outputs", "parameters", "message"),
     [
         ({"tokens", "logits"}, {"max_tokens": 2}, "a generation has no outputs ['logits']"),
-        ({"next_token"}, {"max_tokens": 2}, "it has ['finish_reason', 'text_output', 'token_log"),
+        (
+            {"next_token"},
+            {"max_tokens": 2},
+            "it has ['finish_reason', 'reused_tokens', 'text_output",
+        ),
         ({"tokens"}, {}, "a step has no outputs ['tokens']; it has ['logits', 'next_token', "),
     ],
 )

@@ -58,7 +58,7 @@ NAMES = (
     "priority",
     "unheard of",
 )
-UNKNOWN = ("temprature", "max_new_tokens", "n", "stop", "cache_salt")
+UNKNOWN = ("temprature", "max_new_tokens", "n", "stop")
 """Names that are no parameters, or not yet."""
 SPECIAL_TEXTS = ("</s>", "<s>", "<unk>", "<s>x", "</s></s>", "<0xE4>")
 CUT_TEXTS = (*"你ខ🙂é", "你好你好你好你好你好 x", "a ខ x", "\ufffd", "a\x00b")

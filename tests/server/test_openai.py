@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import jsonschema  # type: ignore[import-untyped]
 import openai
 import pytest
 import torch
@@ -32,6 +33,22 @@ pytestmark = pytest.mark.server
 CHAT: list[ChatCompletionMessageParam] = [
     {"role": "system", "content": "You may reproduce copies."},
     {"role": "user", "content": "What is a Derivative Work?"},
+]
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "Not <s> a token.",
+            "parameters": {
+                "type": "object",
+                "properties": {"unit": {"enum": units}},
+                "required": ["unit"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name, units in (("heat", ["C", "F"]), ("speed", ["km/h"]))
 ]
 LONG = {"max_tokens": 200, "ignore_eos": True}
 
@@ -233,6 +250,70 @@ def test_options_reach_the_sampler(served: Served, client: openai.OpenAI) -> Non
     assert kept.usage.completion_tokens == 5
 
 
+def test_a_reply_follows_its_format(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "yy"]}, "b": {"type": "boolean"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    options: Any = {"model": MODEL, "messages": CHAT, "temperature": 1.0, "seed": 2, "n": 3}
+    answer = client.chat.completions.create(
+        **options,
+        max_tokens=150,
+        response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+    )
+    for choice in answer.choices:
+        jsonschema.validate(json.loads(choice.message.content or ""), schema)
+        assert choice.finish_reason == "stop"
+    for kind, value, matches in (
+        ("regex", "[ab]{3}", "[ab]{3}"),
+        ("grammar", 'start: "yes" | "no"', "yes|no"),
+        ("choice", ["left", "right"], "left|right"),
+    ):
+        answer = client.chat.completions.create(
+            **options, extra_body={"response_format": {"type": kind, kind: value}}
+        )
+        assert all(re.fullmatch(matches, each.message.content or "") for each in answer.choices)
+    with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+        client.chat.completions.create(
+            **options,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "s", "schema": {"type": "array", "uniqueItems": True}},
+            },
+        )
+
+
+def test_a_chosen_tool_is_called(client: openai.OpenAI) -> None:
+    options: Any = {"model": MODEL, "messages": CHAT, "tools": TOOLS, "temperature": 1.0}
+    options |= {"seed": 1, "max_tokens": 200}
+    named = {"type": "function", "function": {"name": "speed"}}
+    choices: list[Any] = ["required", named]
+    for choice in choices:
+        answer = client.chat.completions.create(**options, tool_choice=choice)
+        [call] = answer.choices[0].message.tool_calls or []
+        assert call.type == "function"
+        [tool] = [each for each in TOOLS if each["function"]["name"] == call.function.name]
+        jsonschema.validate(json.loads(call.function.arguments), tool["function"]["parameters"])
+        assert choice == "required" or call.function.name == "speed"
+        assert answer.choices[0].finish_reason == "tool_calls"
+        assert answer.choices[0].message.content is None
+        chunks = list(client.chat.completions.create(**options, tool_choice=choice, stream=True))
+        [streamed] = [
+            each for chunk in chunks for one in chunk.choices for each in one.delta.tool_calls or ()
+        ]
+        assert streamed.function is not None
+        assert streamed.function.name == call.function.name
+        assert streamed.function.arguments == call.function.arguments
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    cut = client.chat.completions.create(**(options | {"max_tokens": 1}), tool_choice="required")
+    assert cut.choices[0].finish_reason == "length"
+    assert cut.choices[0].message.tool_calls is None
+    plain = client.chat.completions.create(**(options | {"max_tokens": 2}), tool_choice="none")
+    assert plain.choices[0].message.content
+
+
 def test_a_stop_text_ends_a_reply(served: Served, client: openai.OpenAI) -> None:
     ids = chat_ids(CHAT)
     text = added(ids, greedy(served.llama, ids, 30))
@@ -280,8 +361,11 @@ def test_a_special_token_in_a_message_is_text(served: Served, client: openai.Ope
         ({"top_logprobs": 2}, None, "logprobs=true"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
         ({"functions": []}, "functions", "not supported"),
-        ({"tools": [{"type": "function"}]}, "tools", "cannot make a reply call tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "structured output"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "required"),
+        ({"tools": TOOLS}, "tool_choice", "does not find out by itself"),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "has the fields"),
+        ({"response_format": {"type": "regex", "regex": "("}}, None, "regex"),
         ({"stream_options": {}}, None, "stream=true"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user"}]}, "messages.0", "needs a content"),

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from inplace.client.recordings import Samples
 from inplace.drivers.detokenizer import TokenizerError
 from inplace.openai.audio import TranscriptionRequest, decode, read_form, words
-from inplace.openai.chat import chat_prompt, check_supported
+from inplace.openai.chat import chat_prompt
 from inplace.openai.errors import ApiError
 from inplace.openai.gate import Gate, error_response
 from inplace.openai.generations import Generation, Generations, Part, check_value, generations_of
@@ -30,6 +30,7 @@ from inplace.openai.replicas import Replicas
 from inplace.openai.responses import Answer, ChatAnswer, CompletionAnswer
 from inplace.openai.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from inplace.openai.streaming import DONE, EventStream, event, until_disconnect
+from inplace.openai.structure import structure_of
 
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion without one, as OpenAI has it."""
@@ -100,7 +101,7 @@ class FrontEnd:
         """A chat's next message."""
         body = await read_body(request, ChatRequest, self._limits)
         model = self._model(body.model)
-        check_supported(body)
+        structure = structure_of(body)
         choices = body.n or 1
         check_counts(self._limits, choices=choices, prompts=1)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -109,13 +110,15 @@ class FrontEnd:
         max_tokens = body.max_completion_tokens or body.max_tokens
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         _check_max_tokens(getattr(body, field), field)
-        prompt = await asyncio.to_thread(chat_prompt, model, body.messages)
+        tools = (body.tools or ()) if structure.calls else ()
+        prompt = await asyncio.to_thread(chat_prompt, model, body.messages, tools)
         generations = generations_of(
             body,
             model,
             [prompt],
             max_tokens=max_tokens,
             logprobs=logprobs,
+            structure=structure.options,
             stop_token_ids=() if body.ignore_eos or model.turn_end is None else (model.turn_end,),
             group=_group(request),
             request_id=request.state.request_id,
@@ -126,6 +129,7 @@ class FrontEnd:
             model.tokenizer,
             len(prompt),
             choices,
+            structure=structure,
             logprobs=logprobs is not None,
         )
         return await self._answer(request, body, model, generations, answer)

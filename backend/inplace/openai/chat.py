@@ -1,12 +1,13 @@
 """Chats: from messages to the token ids of a prompt."""
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from inplace.drivers.detokenizer import TokenizerError
 from inplace.openai.errors import ApiError
 from inplace.openai.models import ServedModel
-from inplace.openai.schemas import ChatRequest, Message
+from inplace.openai.schemas import Message, Tool
 from inplace.openai.templates import TemplateError
 from inplace.openai.tokenizer import Marks
 
@@ -14,34 +15,15 @@ ROLES = {"developer": "system"}
 """The roles that templates know by another name."""
 
 
-def check_supported(request: ChatRequest) -> None:
-    """Refuse what needs structured output.
-
-    Raises:
-        ApiError: the reply would have to follow a schema, or to be a call of a tool.
-    """
-    if request.response_format is not None and request.response_format.type != "text":
-        raise ApiError(
-            400,
-            f"response_format has the type {request.response_format.type!r}; this server has no "
-            "structured output: send 'text', or leave it out",
-            param="response_format",
-            code="unsupported_value",
-        )
-    if request.tool_choice not in (None, "none") or (
-        request.tools and request.tool_choice != "none"
-    ):
-        raise ApiError(
-            400,
-            "this server cannot make a reply call tools: leave out tools and tool_choice, or send "
-            "tool_choice='none'",
-            param="tools" if request.tools else "tool_choice",
-            code="unsupported_value",
-        )
-
-
-def chat_prompt(model: ServedModel, messages: Sequence[Message]) -> list[int]:
+def chat_prompt(
+    model: ServedModel, messages: Sequence[Message], tools: Sequence[Tool] = ()
+) -> list[int]:
     """The token ids of a chat, up to where the reply begins.
+
+    Args:
+        model: the model.
+        messages: of the chat.
+        tools: what the reply may call; a template without tools leaves them out.
 
     No content of a message becomes a special token.
 
@@ -56,9 +38,13 @@ def chat_prompt(model: ServedModel, messages: Sequence[Message]) -> list[int]:
             code="no_chat_template",
         )
     try:
-        marks = model.tokenizer.marks([text for one in messages for text in _texts(one)])
+        described = [tool.model_dump(exclude_none=True) for tool in tools]
+        texts = [text for one in messages for text in _texts(one)]
+        marks = model.tokenizer.marks([*texts, json.dumps(described, ensure_ascii=False)])
         rendered = model.template.render(
-            [_for_template(message, marks) for message in messages], add_generation_prompt=True
+            [_for_template(message, marks) for message in messages],
+            add_generation_prompt=True,
+            tools=marks.add(described) or None,
         )
         return model.tokenizer.encode_marked(rendered, marks)
     except (TemplateError, TokenizerError) as error:

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -71,6 +71,7 @@ def generations_of(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: bool = False,
+    structure: Mapping[str, Any] | None = None,
     stop_token_ids: Sequence[int],
     group: str,
     request_id: str,
@@ -84,6 +85,7 @@ def generations_of(
         max_tokens: most tokens of each; None for as many as fit.
         logprobs: how many of the most likely tokens to return; None for no log-probabilities.
         prompt_logprobs: whether to return the same of the prompts' tokens.
+        structure: request parameters that say what the text must be.
         stop_token_ids: tokens that end each of them.
         group: shares places in the queue with the requests of the same group.
         request_id: for logs and errors.
@@ -91,7 +93,7 @@ def generations_of(
     Raises:
         ApiError: a field has a value that is not allowed.
     """
-    options = _options(request, logprobs, stop_token_ids) | {"group": group}
+    options = _options(request, logprobs, stop_token_ids) | {"group": group, **(structure or {})}
     if prompt_logprobs:
         options["prompt_logprobs"] = logprobs or 0
     seed = request.seed if request.seed is not None else secrets.randbits(62)

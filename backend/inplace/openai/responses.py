@@ -7,6 +7,7 @@ from typing import Any
 
 from inplace.client import PromptLogprob, TokenLogprob
 from inplace.openai.generations import Part
+from inplace.openai.structure import Structure
 from inplace.openai.tokenizer import TextTokenizer
 
 FINISH_REASONS = {"length": "length", "capacity": "length", "eos": "stop", "stop": "stop"}
@@ -117,37 +118,59 @@ class Answer(ABC):
 
 
 class ChatAnswer(Answer):
-    """The answer to a chat."""
+    """The answer to a chat.
+
+    Args:
+        structure: what each reply is.
+        **arguments: as in `Answer`.
+    """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, *arguments: Any, structure: Structure, logprobs: bool) -> None:
+        super().__init__(*arguments, logprobs=logprobs)
+        self._structure = structure
+        self._begun: set[int] = set()
+
     def _choice(self, index: int) -> dict[str, Any]:
+        text, reason = "".join(self._texts[index]), self._reasons[index]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._structure.calls and (call := self._structure.tool_call(text)) is not None:
+            message |= {"content": None, "tool_calls": [call]}
+            reason = "tool_calls"
         return {
             "index": index,
-            "message": {
-                "role": "assistant",
-                "content": "".join(self._texts[index]),
-                "refusal": None,
-            },
+            "message": message,
             "logprobs": self._logprobs_of(self._tokens[index]) if self._logprobs else None,
-            "finish_reason": self._reasons[index],
+            "finish_reason": reason,
         }
 
     def _chunk_choices(self, part: Part) -> Iterator[dict[str, Any]]:
         index, piece = part.index, part.piece
-        if not self._texts[index]:
-            self._texts[index].append("")  # the choice has begun
+        if index not in self._begun:
+            self._begun.add(index)
             yield self._delta(index, {"role": "assistant", "content": ""})
-        if piece.text or piece.logprobs:
+        text, reason = piece.text, FINISH_REASONS.get(piece.finish_reason)
+        delta: dict[str, Any] = {}
+        if self._structure.calls:  # a call is one chunk, since its name may come last
+            self._texts[index].append(text)
+            text = ""
+            if reason is not None:
+                whole = "".join(self._texts[index])
+                if (call := self._structure.tool_call(whole)) is not None:
+                    delta, reason = {"tool_calls": [{"index": 0, **call}]}, "tool_calls"
+                else:
+                    text = whole
+        if text or piece.logprobs or delta:
             logprobs = self._logprobs_of(piece.logprobs) if self._logprobs else None
-            yield self._delta(index, {"content": piece.text}, logprobs)
-        if piece.finish_reason:
-            yield self._delta(index, {}, reason=FINISH_REASONS[piece.finish_reason])
+            yield self._delta(index, delta or {"content": text}, logprobs)
+        if reason is not None:
+            yield self._delta(index, {}, reason=reason)
 
     def _delta(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: dict[str, Any] | None = None,
         reason: str | None = None,
     ) -> dict[str, Any]:

@@ -75,11 +75,60 @@ class StreamOptions(RequestPart):
     include_obfuscation: Ignored = None
 
 
-class ResponseFormat(RequestPart):
-    """What a reply must look like."""
+class JsonSchema(RequestPart):
+    """A named JSON schema."""
 
-    type: str
-    json_schema: Any = None
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: Ignored = None
+    strict: Ignored = None
+
+
+class ResponseFormat(RequestPart):
+    """What a reply must be. The types after ``json_schema`` are not OpenAI's."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar", "choice"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _has_its_field(self) -> Self:
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
+        needed = {"type"} | ({self.type} - {"text", "json_object"})
+        if given != needed:
+            raise ValueError(f"the type {self.type!r} has the fields {sorted(needed)}")
+        return self
+
+
+class ToolFunction(RequestPart):
+    """A function that a reply may call."""
+
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Ignored = None
+
+
+class Tool(RequestPart):
+    """A tool that a reply may call."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ChosenFunction(RequestPart):
+    """The name of a function."""
+
+    name: str
+
+
+class ToolChoice(RequestPart):
+    """The tool that a reply must call."""
+
+    type: Literal["function"]
+    function: ChosenFunction
 
 
 class SamplingRequest(RequestPart):
@@ -109,6 +158,7 @@ class SamplingRequest(RequestPart):
     logit_bias: dict[str, float] | None = None
     prompt_cache_key: str | None = None
     metadata: Ignored = None
+    prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
     safety_identifier: Ignored = None
     service_tier: Ignored = None
@@ -135,8 +185,8 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: Ignored = None
     prediction: Ignored = None
     reasoning_effort: Ignored = None
@@ -145,6 +195,7 @@ class ChatRequest(SamplingRequest):
     audio: Refused = None
     function_call: Refused = None
     functions: Refused = None
+    moderation: Refused = None
     web_search_options: Refused = None
 
     @model_validator(mode="after")

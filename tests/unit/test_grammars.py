@@ -207,6 +207,19 @@ def test_more_grammars_than_may_wait_are_refused_for_now(monkeypatch: pytest.Mon
         assert (error.code, error.retryable) == (Code.QUEUE_FULL, True)
 
 
+def test_a_process_that_could_not_be_reached_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "START_SECONDS", 1e-3)
+    late = GrammarCompiler(TOKENIZER, VOCABULARY, {EOS})
+    with pytest.raises(OSError, match="does not start"):
+        late.compile(source(regex="ok")).result(60)
+    monkeypatch.undo()
+    text = follow(late, source(regex="ok"))
+    late.close()
+    assert text == "ok"
+
+
 def test_the_processes_end_with_the_compiler() -> None:
     ended = GrammarCompiler(TOKENIZER, VOCABULARY, {EOS})
     matcher = ended.compile(source(regex="a+")).result(60).matcher({EOS})

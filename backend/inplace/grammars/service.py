@@ -201,14 +201,15 @@ class GrammarCompiler:
         self._threads: ThreadPoolExecutor | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._jobs: socket.socket | None = None
-        self._closed = False
 
     def compile(self, source: GrammarSource) -> "Future[CompiledGrammar]":
         """The compiled grammar, soon; or the `RequestError` that it cannot be."""
         with self._lock:
-            if (known := self._cache.get(source)) is not None and not _has_died(known):
+            if (known := self._cache.get(source)) is not None:
                 self._cache.move_to_end(source)
-                return known
+                if not _has_died(known):
+                    return known
+                _close(known)
             waiting = sum(not each.done() for each in self._cache.values())
             if waiting >= MAX_COMPILING + MAX_WAITING:
                 refused: Future[CompiledGrammar] = Future()
@@ -260,21 +261,25 @@ class GrammarCompiler:
             if self._process is not None and self._process.poll() is None:
                 assert self._jobs is not None
                 return self._jobs
+            if self._jobs is not None:
+                self._jobs.close()
             self._jobs, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with other:
                 self._process = self._start(other.fileno())
             self._jobs.settimeout(START_SECONDS)
             try:
                 packet = self._jobs.recv(worker.MAX_PACKET)
-            except OSError as error:
-                packet = worker.ERROR + str(error).encode()
+            except OSError:
+                packet = b""
             if packet != worker.COMPILED:
                 self._process.kill()
                 self._process.wait()
+                if not packet:
+                    raise OSError("the process that compiles grammars does not start")
                 raise RequestError(
                     Code.BAD_PARAMETER,
                     "grammars are not available: the tokenizer of this model is not one of bytes"
-                    f" ({_text(packet[1:]) or 'its process ended'}); leave the grammar out",
+                    f" ({_text(packet[1:])}); leave the grammar out",
                 )
             self._jobs.settimeout(None)
             return self._jobs
@@ -307,7 +312,6 @@ class GrammarCompiler:
     def close(self) -> None:
         """End all processes."""
         with self._lock:
-            self._closed = True
             futures = list(self._cache.values())
             self._cache.clear()
         if self._threads is not None:
@@ -322,8 +326,13 @@ class GrammarCompiler:
 
 
 def _has_died(future: "Future[CompiledGrammar]") -> bool:
-    if not future.done() or future.cancelled() or future.exception() is not None:
+    """Whether its process has ended, or was not reached; not if the grammar was refused."""
+    if not future.done():
         return False
+    if future.cancelled():
+        return True
+    if (error := future.exception()) is not None:
+        return not isinstance(error, RequestError)
     return not future.result().is_alive
 
 

@@ -165,8 +165,16 @@ def build(
         typer.Option(help="Microseconds the server may hold back a batch that is not full (step)."),
     ] = 500,
     instances: Annotated[
-        int, typer.Option(help="Processes that serve it, each with an engine and slots of its own.")
+        int,
+        typer.Option(
+            help="Processes that serve it, each with an engine and slots of its own; on a GPU: on "
+            "each GPU."
+        ),
     ] = 1,
+    gpus: Annotated[
+        str,
+        typer.Option(help="GPUs of the server that serve it, for example 0,1: an engine on each."),
+    ] = "all",
 ) -> None:
     """Build a model into a model repository, after verifying it against transformers."""
     with _errors("build", "builder"):
@@ -199,6 +207,7 @@ def build(
             idle_timeout=idle_timeout,
             queue_delay_microseconds=queue_delay_us,
             instances=instances,
+            gpus=_gpu_numbers(gpus),
             serve=serve,
         )
         target = _model_folder(output, name)
@@ -506,6 +515,22 @@ def openai_key(
         console.print(f"key (shown once): {key}", soft_wrap=True, highlight=False)
         text = KeyFile(keys=(record,)).model_dump_json(indent=1, exclude_none=True)
         console.print(f"file of keys:\n{text}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _gpu_numbers(text: str) -> tuple[int, ...]:
+    """The numbers of GPUs, separated by commas; none for ``all``.
+
+    Raises:
+        BuildError: they are no numbers.
+    """
+    from inplace_builder.errors import BuildError
+
+    if text == "all":
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in parts):
+        raise BuildError(f"gpus is {text[:100]!r}; expected all, or numbers such as 0,1")
+    return tuple(map(int, parts))
 
 
 @app.command()

@@ -1,9 +1,9 @@
 """config.pbtxt, read back as Triton reads it."""
 
 import pytest
-from google.protobuf import text_format
-from inplace.server.settings import IDLE_TIMEOUT, SERVE
-from inplace_builder.served.model_config import MAX_CANDIDATE_SEQUENCES
+from google.protobuf import json_format, text_format
+from inplace.server.settings import IDLE_TIMEOUT, SERVE, num_instances
+from inplace_builder.served.model_config import MAX_CANDIDATE_SEQUENCES, ModelConfig
 from support.models import BRIEF_IDLE, SLOTS, VOCABULARY, Repository
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -99,3 +99,28 @@ def test_a_rectangular_model_has_no_ragged_input(repository: Repository) -> None
         ("sum", pb.TYPE_FP32, [4]),
         ("values", pb.TYPE_INT32, [1]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "total"), [("cpu", (), 2), ("cuda", (), 2), ("cuda", (0, 3), 4)]
+)
+def test_an_instance_group_names_the_gpus(device: str, gpus: tuple[int, ...], total: int) -> None:
+    """Without names Triton fills in all that it sees, before a backend gets the configuration."""
+    config = ModelConfig(
+        name="model",
+        max_batch_size=1,
+        inputs=(),
+        outputs=(),
+        sequence_batching=None,
+        decoupled=False,
+        device=device,
+        parameters={},
+        instances=2,
+        gpus=gpus,
+    ).proto()
+    [group] = config.instance_group
+    assert (group.count, tuple(group.gpus)) == (2, gpus)
+    assert (group.kind == pb.ModelInstanceGroup.KIND_GPU) is (device == "cuda")
+    assert (
+        num_instances(json_format.MessageToJson(config, preserving_proto_field_name=True)) == total
+    )

@@ -200,6 +200,7 @@ def test_a_capacity_beyond_the_model_s_positions_is_refused_with_the_largest_pos
         ({"idle_timeout": float("inf")}, "idle_timeout is inf"),
         ({"queue_delay_microseconds": -1}, "queue_delay_microseconds is -1"),
         ({"instances": 0}, "instances is 0; it must be at least 1"),
+        ({"gpus": (0, 1)}, r"gpus is \[0, 1\]; a model on device 'cpu' is served on no GPU"),
         pytest.param({"idle_timeout": 1e300}, "idle_timeout"),
         pytest.param({"queue_delay_microseconds": 1 << 64}, "queue_delay_microseconds"),
     ],

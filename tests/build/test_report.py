@@ -4,11 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from inplace.engines.gpus import arena_bytes, max_slots
 from inplace.schema.artifacts import Plan, Profile
 from inplace.schema.files import FileRecord
 from inplace.schema.served import Manifest
 from inplace.schema.specs import Update
-from inplace_builder.tools.report import arena_bytes, max_slots
 from support.models import CAPACITY, SLOTS, Repository, open_instance
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16

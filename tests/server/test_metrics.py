@@ -226,7 +226,9 @@ def test_series_have_the_model_its_version_its_instance_and_its_process(observed
         ("1", "table_0_1"),
     }
     extra = {metric.label for metric in exported_metrics()} - {""}
-    assert all(set(each) - extra == {"model", "version", "instance", "process"} for each in labels)
+    assert all(
+        set(each) - extra == {"model", "version", "instance", "gpu", "process"} for each in labels
+    )
 
 
 def test_the_series_of_an_unloaded_model_are_removed(observed: Observed) -> None:

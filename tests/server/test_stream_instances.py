@@ -196,3 +196,22 @@ def test_cancelled_generations_free_the_slots_of_their_own_instance(twins: Twins
                 assert talk.collect(1).reason == ""
     twins.settles(0, {LIVE: 0, FREE: SLOTS, cancelled: before[0][cancelled] + sizes[0]})
     twins.settles(1, {LIVE: 0, FREE: SLOTS, cancelled: before[1][cancelled] + sizes[1]})
+
+
+def test_generations_of_one_request_each_get_the_slots_of_both(twins: Twins) -> None:
+    """Triton keeps no place for them, so it does not know how many run where."""
+    every = 2 * SLOTS
+    with ExitStack() as stack:
+        talks = [stack.enter_context(twins.talk()) for _ in range(every + 1)]
+        for seed, talk in enumerate(talks[:every]):
+            talk.send(f"whole{seed}", prompt(seed, 5), ENDLESS, start=True, end=True)
+        for seed, talk in enumerate(talks[:every]):
+            assert talk.collect(10).tokens[:10] == twins.expected(prompt(seed, 5), 10).tokens
+        for instance in BOTH:
+            twins.settles(instance, {LIVE: SLOTS, FREE: 0})
+        talks[every].send(f"whole{every}", prompt(1, 5), 5, start=True, end=True)
+        for talk in talks[:every]:
+            talk.drop()
+        assert talks[every].collect() == twins.expected(prompt(1, 5), 5)
+    for instance in BOTH:
+        twins.settles(instance, {LIVE: 0, FREE: SLOTS})

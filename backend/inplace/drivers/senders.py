@@ -240,9 +240,10 @@ class ResponseBuffer:
 
     def add_error(self, request: StreamRequest, error: RequestError) -> None:
         """Add an error as the final response."""
-        self._observer.request_refused(
-            request.sequence_id, request.request.request_id, error, end=request.request.end
-        )
+        if not request.request.may_succeed_elsewhere(error):
+            self._observer.request_refused(
+                request.sequence_id, request.request.request_id, error, end=request.request.end
+            )
         self._finals.append((request.reply, FinalResponse(error)))
 
     def flush(self) -> None:

@@ -357,6 +357,10 @@ class EngineLoop:
                 return None  # `start_compiled` follows
             request.start_matching()
             if self._must_wait(request):
+                if request.request.offered:
+                    self._refuse(request, self._instance.table.no_free_slot())
+                    self._queues.remove(request)
+                    continue
                 self._inherit_group(request)
                 rejected = self._waiting.append(request)
                 if rejected is not None:

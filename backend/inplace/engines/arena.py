@@ -27,6 +27,7 @@ class Arena:
             another shape or type than its state.
 
     Attributes:
+        device: where it is.
         tensors: state name → tensor ``[slots, *shape]``, each slot with what a fresh one holds.
     """
 
@@ -39,6 +40,7 @@ class Arena:
     ) -> None:
         self.specs = states
         self.slots = slots
+        self.device = device
         self._initial = {
             spec.name: _initial_value(spec, initial or {}).to(device)
             for spec in states

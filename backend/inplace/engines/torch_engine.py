@@ -12,6 +12,7 @@ from typing_extensions import Buffer
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
 from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
+from inplace.engines.gpus import device_of
 from inplace.engines.graph_reader import LoadedGraph, finish_modules, read_graphs
 from inplace.errors import LoadError
 from inplace.schema.schedule import STEP
@@ -56,7 +57,7 @@ class TorchEngine:
             LoadError: the file cannot be read, or what a graph takes, returns or writes is not what
                 the manifest says.
         """
-        device = torch.device(manifest.device)
+        device = device_of(manifest)
         programs = [manifest.program(name) for name in names]
         graphs = read_graphs(content, title, [each.engine.graph for each in programs], device)
         for graph, program in zip(graphs, programs, strict=True):
@@ -67,8 +68,8 @@ class TorchEngine:
         return [cls(*each, device) for each in zip(programs, modules, strict=True)]
 
     def on_stream(self) -> AbstractContextManager[object]:
-        """Do nothing: steps run on the stream of the thread that calls them."""
-        return nullcontext()
+        """Make the engine's GPU the thread's; steps run on the thread's stream there."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def launch(self, inputs: Mapping[str, Tensor], requested: Collection[str]) -> Finish:
         """Prepare a step, see `inplace.engines.base.StepEngine.launch`; it runs when finished."""

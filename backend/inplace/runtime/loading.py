@@ -7,6 +7,7 @@ from torch import Tensor
 
 from inplace.engines import NO_OTHER_THREADS, RepeatingEngine, StepEngine
 from inplace.engines.arena import Arena
+from inplace.engines.gpus import Gpu, check_memory, device_of
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import LoadError
 from inplace.runtime.batcher import NULL_SLOT, ActiveRequest, form_batch
@@ -28,11 +29,13 @@ def make_arena(folder: EngineFolder, manifest: Manifest, slots: int) -> Arena:
             initial values are missing or damaged.
     """
     check_engine(folder, manifest)
+    if manifest.device == "cuda":
+        check_memory(str(folder.path), manifest, slots, Gpu.current())
     initial = None
     if any(state.initial is not None for state in manifest.states):
         content = folder.read(manifest.file(INITIAL_FILE))
         initial = read_tensors(content, str(folder.path / INITIAL_FILE))
-    return Arena(manifest.states, slots, torch.device(manifest.device), initial)
+    return Arena(manifest.states, slots, device_of(manifest), initial)
 
 
 def load_engine(

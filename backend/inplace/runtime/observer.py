@@ -175,6 +175,14 @@ SLOTS_KEPT = Metric(
 )
 
 
+FORWARDED = Metric(
+    "inplace_requests_forwarded_total",
+    "counter",
+    "Requests that were passed on to another instance of the model, which has their sequence or may"
+    " have a free slot.",
+)
+
+
 WAITING = Metric("inplace_requests_waiting", "gauge", "Requests that wait for a slot.")
 
 
@@ -264,6 +272,7 @@ METRICS = (
     STARTED,
     ENDED,
     REFUSED,
+    FORWARDED,
     TOKENS,
     DRAFTED,
     REUSES,
@@ -448,6 +457,10 @@ class Observer:
     def watch_kept(self, kept: Sized) -> None:
         """Report how many free slots are kept with their tokens, now and later."""
         self.metrics.set_function(SLOTS_KEPT, lambda: len(kept))
+
+    def request_forwarded(self) -> None:
+        """A request was passed on to another instance of the model."""
+        self.metrics.add(FORWARDED)
 
     def watch_waiting(self, waiting: Sized) -> None:
         """Report the length of this queue, now and later, as the requests that wait for a slot."""

@@ -220,6 +220,8 @@ class Request:
         requested_outputs: the names of the outputs that the client asked for; None for those that
             need no asking.
         refusal: why the request could not be read; its START and END take effect all the same.
+        offered: another instance of the model may take it: it is refused where it would wait for a
+            slot, and a refusal that another instance might not share is not counted.
     """
 
     sequence_id: SequenceId
@@ -231,6 +233,24 @@ class Request:
     arrival_time: float = field(default_factory=monotonic)
     requested_outputs: frozenset[str] | None = None
     refusal: RequestError | None = None
+    offered: bool = False
+
+    def may_succeed_elsewhere(self, error: RequestError) -> bool:
+        """Whether another instance of the model might admit a START that this one refused so.
+
+        It may have a free slot, or have the sequence to copy or to continue.
+        """
+        if not self.offered or not self.start:
+            return False
+        match error.code:
+            case Code.NO_FREE_SLOT:
+                return True
+            case Code.UNKNOWN_SEQUENCE:
+                return FROM in self.parameters
+            case Code.POSITION:
+                return self.continues_sequence
+            case _:
+                return False
 
     @property
     def kind(self) -> RequestKind:

@@ -270,12 +270,7 @@ class SlotTable:
         if slot is None and not self.num_free:
             self.reclaim_idle()
         if slot is None and not self.num_free:
-            raise RequestError(
-                Code.NO_FREE_SLOT,
-                f"all {self.num_slots} slots are owned by live sequences; retry when one has ended,"
-                f" or build with more slots",
-                retryable=True,
-            )
+            raise self.no_free_slot()
         self._reclaimed.pop(id, None)
         if slot is None:
             slot = self._take_free()
@@ -284,6 +279,15 @@ class SlotTable:
         if self._observer is not None:
             self._observer.sequence_started(sequence)
         return sequence
+
+    def no_free_slot(self) -> RequestError:
+        """The error of a START that cannot have a slot."""
+        return RequestError(
+            Code.NO_FREE_SLOT,
+            f"all {self.num_slots} slots are owned by live sequences; retry when one has ended,"
+            f" or build with more slots",
+            retryable=True,
+        )
 
     def end(self, sequence: SequenceState, reason: EndReason = EndReason.END) -> None:
         """End a live sequence and free its slot."""

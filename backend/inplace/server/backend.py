@@ -19,6 +19,7 @@ from inplace.drivers import (
     engine_thread,
 )
 from inplace.drivers.detokenizer import TOKENIZER_NAME, load_tokenizer
+from inplace.engines.gpus import use_gpu
 from inplace.errors import LoadError, RequestError, backend_failure
 from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
@@ -39,8 +40,10 @@ from inplace.server.messages import (
 )
 from inplace.server.model_config import check_model_config, model_tensors
 from inplace.server.own_requests import Admission, ModelPlaces
-from inplace.server.reports import TritonMetrics, log_to_triton
-from inplace.server.settings import GENERATE_PROXY, Settings, serve_mode
+from inplace.server.peers import Address
+from inplace.server.reports import TritonMetrics, instance_gpu, instance_title, log_to_triton
+from inplace.server.routing import StepRouter, StreamRouter
+from inplace.server.settings import GENERATE_PROXY, Settings, num_instances, serve_mode
 from inplace.server.stub import check_numpy, skip_interpreter_teardown, start_watchdog
 from inplace.server.trust import trusted_folders
 
@@ -66,7 +69,7 @@ class TritonPythonModel:
         Raises:
             TritonModelException: the model cannot be served, with the reason.
         """
-        self._log = log_to_triton(args["model_instance_name"])
+        self._log = log_to_triton(instance_title(args))
         self._watchdog = start_watchdog()
         try:
             self._model = _load(args)
@@ -105,8 +108,10 @@ def _load(args: dict[str, str]) -> LoadedModel:
     check_model_config(json.loads(args["model_config"]), tensors, settings.idle_timeout)
     if settings.capacity is not None:
         manifest = manifest.at_capacity(settings.capacity)
+    gpu = instance_gpu(args) if manifest.device == "cuda" else None
     load = partial(
-        open_model,
+        _open_on,
+        gpu,
         folder,
         manifest,
         idle_timeout=settings.idle_timeout,
@@ -127,12 +132,26 @@ def _load(args: dict[str, str]) -> LoadedModel:
     if settings.prefixes is not None:
         instance.reuse_prefixes(settings.prefixes)
     metrics = _start_reports(instance, settings, args)
+    address = None
+    if num_instances(args["model_config"]) > 1:
+        address = Address.of(args, manifest.model_dump_json())
     if streams:
         config = TokenizerConfig(tokenizer, settings.eos)
         driver = StreamDriver(instance, config, settings.max_waiting, thread)
-        return _StreamModel(driver, metrics, ModelPlaces(args, driver, instance.observer))
+        places = ModelPlaces(args, driver, instance.observer)
+        router = StreamRouter(driver, address, places) if address is not None else None
+        return _StreamModel(driver, metrics, places, router)
     steps = StepDriver(instance, tokenizer)
-    return _StepModel(steps, metrics, ModelPlaces(args, steps, instance.observer))
+    places = ModelPlaces(args, steps, instance.observer)
+    step_router = StepRouter(steps, address, places) if address is not None else None
+    return _StepModel(steps, metrics, places, step_router)
+
+
+def _open_on(gpu: int | None, *arguments: Any, **options: Any) -> ModelInstance:
+    """Open a model on a GPU, which becomes the calling thread's; None for where it is now."""
+    if gpu is not None:
+        use_gpu(gpu)
+    return open_model(*arguments, **options)
 
 
 def _start_reports(
@@ -148,7 +167,7 @@ def _start_reports(
             slots=instance.manifest.slots,
             slot_bytes=instance.manifest.slot_bytes,
             arena_bytes=instance.arena.bytes,
-            device=instance.manifest.device,
+            device=str(instance.arena.device),
         )
     )
     return metrics
@@ -157,9 +176,17 @@ def _start_reports(
 class _StepModel:
     """Answers requests before `execute` returns."""
 
-    def __init__(self, driver: StepDriver, metrics: TritonMetrics, places: ModelPlaces) -> None:
+    def __init__(
+        self,
+        driver: StepDriver,
+        metrics: TritonMetrics,
+        places: ModelPlaces,
+        router: StepRouter | None,
+    ) -> None:
         self._driver, self._metrics, self._places = driver, metrics, places
         self._observer = driver.instance.observer
+        self._router = router
+        self._run = driver.run if router is None else router.run
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         admissions = [self._places.admit(request) for request in requests]
@@ -169,7 +196,7 @@ class _StepModel:
         ]
         try:
             answers = iter(
-                self._driver.run([request for request in parsed if isinstance(request, Request)])
+                self._run([request for request in parsed if isinstance(request, Request)])
             )
             return [
                 self._response(request, next(answers) if isinstance(result, Request) else result)
@@ -197,6 +224,8 @@ class _StepModel:
         live = len(self._driver.instance.table)
         self._places.close()
         self._driver.close()
+        if self._router is not None:
+            self._router.close()
         log.info(log_line("unloaded", live=live))
         self._metrics.close()
 
@@ -204,11 +233,19 @@ class _StepModel:
 class _StreamModel:
     """Queues requests for the engine's thread; other threads answer them."""
 
-    def __init__(self, driver: StreamDriver, metrics: TritonMetrics, places: ModelPlaces) -> None:
+    def __init__(
+        self,
+        driver: StreamDriver,
+        metrics: TritonMetrics,
+        places: ModelPlaces,
+        router: StreamRouter | None,
+    ) -> None:
         self._driver, self._metrics, self._places = driver, metrics, places
+        self._router = router
+        self._submit = driver.submit if router is None else router.submit
 
     def execute(self, requests: Sequence[Any]) -> None:
-        self._driver.submit(self._read(requests))
+        self._submit(self._read(requests))
 
     def _read(self, requests: Sequence[Any]) -> Iterator[Arrival]:
         for request in requests:
@@ -241,6 +278,8 @@ class _StreamModel:
         live = len(self._driver.instance.table)
         self._places.close()
         self._driver.close()
+        if self._router is not None:
+            self._router.close()
         log.info(log_line("unloaded", live=live))
         self._metrics.close()
 

@@ -9,7 +9,7 @@ destroyed with the instance, after the shared memory that it lies in).
 import json
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from inplace.drivers.places import (
@@ -21,8 +21,9 @@ from inplace.drivers.places import (
 )
 from inplace.drivers.shutdown import Shutdown, StoppableDriver
 from inplace.errors import InplaceError, RequestError
+from inplace.runtime.batcher import NULL_SLOT
 from inplace.runtime.observer import Observer
-from inplace.runtime.slots import SequenceId
+from inplace.runtime.slots import EndReason, SequenceId, SequenceState
 from inplace.server.loopback import (
     GrpcEndpoint,
     HttpEndpoint,
@@ -39,7 +40,8 @@ Admission = Literal["serve", "acknowledge"]
 
 
 NONCE = "inplace_nonce"
-"""The parameter that marks our own requests. Its value is random and known to this process only."""
+"""The parameter that marks our own requests. Its value is random and known only to the instances of
+the model."""
 
 
 NO_ID = (0, "")
@@ -134,6 +136,34 @@ class ModelPlaces:
         if self._keeper is not None and sequence_id not in NO_ID:
             self._places.answered(sequence_id)
 
+    @property
+    def nonce(self) -> str:
+        """Marks the requests of this instance to the model; empty if it sends none."""
+        return self._own_requests.nonce if self._keeper is not None else ""
+
+    def recognize(self, nonce: str) -> None:
+        """Take the requests that another instance marks so for its own, not for a client's."""
+        if self._keeper is not None and nonce:
+            self._own_requests.nonces.add(nonce)
+
+    def watch_starts(self, on_start: Callable[[SequenceId, str], None]) -> None:
+        """Call back for STARTs by which other instances open places; Triton may send them here.
+
+        The call has the sequence and the nonce of the instance.
+        """
+        if self._keeper is not None:
+            self._own_requests.on_foreign_start = on_start
+
+    def moved(self, sequence_id: SequenceId) -> None:
+        """Another instance has admitted the sequence, whose place is here."""
+        if self._keeper is not None:
+            self._places.sequence_started(SequenceState(sequence_id, NULL_SLOT))
+
+    def left(self, sequence_id: SequenceId) -> None:
+        """The sequence has ended in that instance."""
+        if self._keeper is not None:
+            self._places.sequence_ended(SequenceState(sequence_id, NULL_SLOT), EndReason.END)
+
     def close(self) -> None:
         """Stop freeing places; the driver answers everything with SHUTDOWN."""
         if self._keeper is not None:
@@ -151,6 +181,11 @@ class OwnRequests:
         places: is notified of the requests that arrive.
         endpoint: sends them.
         http: shows that the server is stopping while requests over HTTP are still answered.
+
+    Attributes:
+        nonce: marks the requests of this process.
+        nonces: those of all instances of the model, because Triton may send any of them here.
+        on_foreign_start: called with the sequence and the nonce of another instance's START.
     """
 
     def __init__(
@@ -163,7 +198,9 @@ class OwnRequests:
     ) -> None:
         self._model, self._version = args["model_name"], args["model_version"]
         self._inputs = smallest_inputs(config)
-        self._nonce = secrets.token_hex(16)
+        self.nonce = secrets.token_hex(16)
+        self.nonces = {self.nonce}
+        self.on_foreign_start: Callable[[SequenceId, str], None] | None = None
         self._places, self._endpoint, self._http = places, endpoint, http
 
     # Sending
@@ -202,7 +239,7 @@ class OwnRequests:
             sequence_id,
             start=start,
             end=end,
-            parameters={NONCE: self._nonce},
+            parameters={NONCE: self.nonce},
         )
         if error and FORGOTTEN not in error:
             raise OwnRequestError(error)
@@ -211,17 +248,23 @@ class OwnRequests:
     # Arriving
 
     def recognize(self, request: Any) -> bool:
-        """Whether a request that has arrived is our own; `places` is notified of it then."""
+        """Whether a request that has arrived is an instance's own; `places` is notified then."""
         try:
-            if self._nonce not in request.parameters():
-                return False
+            parameters = request.parameters()
         except UnicodeDecodeError:  # over HTTP they may be any bytes; the parser refuses them
+            return False
+        if NONCE not in parameters:
+            return False
+        nonce = next((each for each in self.nonces.copy() if each in parameters), None)
+        if nonce is None:
             return False
         flags, sequence_id = request.flags(), request.correlation_id()
         if flags & FLAG_END:
             self._places.own_end_arrived(sequence_id)
         elif flags & FLAG_START:
             self._places.own_start_arrived(sequence_id)
+            if nonce != self.nonce and self.on_foreign_start is not None:
+                self.on_foreign_start(sequence_id, nonce)
         return True
 
 

@@ -42,11 +42,28 @@ class _TritonHandler(logging.Handler):
         write(f"inplace {self.instance}: {self.format(record)}")
 
 
+def instance_gpu(args: Mapping[str, str]) -> int | None:
+    """The GPU that Triton names for a model instance; None for one on the CPU.
+
+    Args:
+        args: what Triton passes to ``initialize``.
+    """
+    if args.get("model_instance_kind") != "GPU":
+        return None
+    return int(args["model_instance_device_id"])
+
+
+def instance_title(args: Mapping[str, str]) -> str:
+    """What log lines call a model instance; Triton gives those of several GPUs one name."""
+    gpu = instance_gpu(args)
+    return args["model_instance_name"] + ("" if gpu is None else f" GPU {gpu}")
+
+
 def log_to_triton(instance: str) -> QueueListener:
     """Send the log ``inplace`` to the server's log.
 
     Args:
-        instance: the model instance's name, which begins each line.
+        instance: names the model instance (`instance_title`); it begins each line.
 
     Returns:
         The listener; its ``stop`` waits until everything is written.
@@ -78,6 +95,7 @@ class TritonMetrics:
             "model": args["model_name"],
             "version": args["model_version"],
             "instance": args["model_instance_name"],
+            "gpu": "" if (gpu := instance_gpu(args)) is None else str(gpu),
             "process": str(os.getpid()),
         }
         self._exporter = MetricsExporter(values, labels, self._series)

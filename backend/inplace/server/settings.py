@@ -380,3 +380,9 @@ def _idle_timeout(config: dict[str, Any], serve: ServeMode) -> tuple[float, tupl
 def is_decoupled(config: Mapping[str, Any]) -> bool:
     """Whether a model of this configuration may send several responses to a request."""
     return bool(config.get("model_transaction_policy", {}).get("decoupled", False))
+
+
+def num_instances(model_config: str) -> int:
+    """How many instances a model configuration (JSON) has, on all GPUs together."""
+    groups = json.loads(model_config).get("instance_group", [])
+    return sum(int(group.get("count", 1)) * max(1, len(group.get("gpus", []))) for group in groups)

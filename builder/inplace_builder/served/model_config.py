@@ -63,7 +63,8 @@ class ModelConfig:
         decoupled: a request may have any number of responses.
         device: ``cpu`` or ``cuda``.
         parameters: for the backend, see `inplace.server.settings`.
-        instances: processes that serve it.
+        instances: processes that serve it, on each GPU.
+        gpus: those it is served on; empty for all that the server sees.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ModelConfig:
     device: str
     parameters: Mapping[str, str]
     instances: int = 1
+    gpus: tuple[int, ...] = ()
 
     def proto(self) -> pb.ModelConfig:
         """As Triton's ModelConfig message."""
@@ -105,7 +107,7 @@ class ModelConfig:
             if self.device == "cpu"
             else pb.ModelInstanceGroup.KIND_GPU
         )
-        config.instance_group.add(kind=kind, count=self.instances)
+        config.instance_group.add(kind=kind, count=self.instances, gpus=self.gpus)
         for name, value in self.parameters.items():
             config.parameters[name].string_value = value
         return config
@@ -135,8 +137,8 @@ def model_config(
 
     Args:
         manifest: the engine.
-        options: how it is served: ``serve``, ``idle_timeout``, ``queue_delay_microseconds`` and
-            ``instances``.
+        options: how it is served: ``serve``, ``idle_timeout``, ``queue_delay_microseconds``,
+            ``instances`` and ``gpus``.
         text: of a model that generates, which is served as ``stream``.
 
     Raises:
@@ -188,6 +190,7 @@ def model_config(
         device=manifest.device,
         parameters=parameters,
         instances=options.instances,
+        gpus=options.gpus,
     )
 
 

@@ -43,8 +43,9 @@ class BuildOptions:
             row.
         queue_delay_microseconds: how long the server may hold back a batch that is not full
             (``step``).
-        instances: processes that serve the model, each with weights and ``slots`` slots of its own;
-            see docs/operations.md.
+        instances: processes that serve the model, each with weights and ``slots`` slots of its own,
+            on each GPU; see docs/operations.md.
+        gpus: the GPUs that serve it, by their numbers on the server; empty for all.
         serve: the protocol: ``step``, or ``stream`` with generations beside steps; see
             docs/protocol.md.
         engine: ``torch``, ``tensorrt``, or ``tensorrt_rtx``.
@@ -88,6 +89,7 @@ class BuildOptions:
     draft: Path | str | None = None
     draft_layers: int | None = None
     draft_tokens: int | None = None
+    gpus: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -187,6 +189,16 @@ class BuildOptions:
             raise BuildError(
                 f"queue_delay_microseconds is {self.queue_delay_microseconds}; "
                 f"it must be at least 0"
+            )
+        if self.gpus and self.device != "cuda":
+            raise BuildError(
+                f"gpus is {list(self.gpus)}; a model on device {self.device!r} is served on no GPU:"
+                f" leave it out, or build for cuda"
+            )
+        if min(self.gpus, default=0) < 0 or len(set(self.gpus)) < len(self.gpus):
+            raise BuildError(
+                f"gpus is {list(self.gpus)}; expected different numbers of at least 0 "
+                f"(several engines on one GPU: instances)"
             )
         if self.serve not in ("step", "stream"):
             raise BuildError(f"serve is {self.serve!r}; choose step or stream")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from inplace.engines.gpus import arena_bytes, max_slots
 from inplace.schema.served import CompiledProgram, Manifest, Program
 from inplace.schema.specs import StateSpec, TensorSpec, Update
 from rich.filesize import decimal
@@ -43,29 +44,6 @@ def position_bytes(manifest: Manifest) -> int:
         for state in manifest.states
         if state.update is Update.APPEND and state.axis is not None
     )
-
-
-def arena_bytes(manifest: Manifest, slots: int) -> int:
-    """Bytes of that many slots; a state that a TensorRT engine copies has two buffers."""
-    copied = {
-        alias.input
-        for program in manifest.programs
-        for alias in program.aliases
-        if alias.kind == "copy"
-    }
-    return slots * sum(
-        state.slot_bytes * (2 if state.name in copied else 1) for state in manifest.states
-    )
-
-
-def max_slots(manifest: Manifest, memory: int) -> int:
-    """Number of slots that fit into ``memory`` bytes beside the engine's files and weights."""
-    engines = [program.engine for program in manifest.programs]
-    names = {engine.file for engine in engines}
-    names |= {engine.plan.weights for engine in engines if engine.plan and engine.plan.weights}
-    files = sum(manifest.file(name).bytes for name in names)
-    slot = arena_bytes(manifest, 1)
-    return max(0, memory - files) // slot if slot else 0
 
 
 def detail_tables(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
+from inplace.engines.gpus import Gpu, check_plan
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
 from inplace.schema.specs import Alias
@@ -82,14 +83,7 @@ def _check_machine(title: str, plan: Plan, tensorrt: TensorRT) -> None:
             "a plan runs only with the version that built it; install that one, or build the "
             "model again here"
         )
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    name = torch.cuda.get_device_name()
-    if capability != plan.compute_capability or (plan.gpu and name != plan.gpu):
-        raise LoadError(
-            f"{title} was built for {plan.gpu or 'a GPU'} (compute capability "
-            f"{plan.compute_capability}), this machine has {name} ({capability}): build the model "
-            "again on this GPU"
-        )
+    check_plan(title, plan, Gpu.current())
 
 
 def check_native_aliases(title: str, engine: Any, aliases: Sequence[Alias]) -> None:

@@ -1,0 +1,620 @@
+"""Sequences over the instances of a model: each belongs to one, whichever Triton sends it to.
+
+Triton leaves a sequence with the instance that it chose at START. An instance that cannot admit a
+START, because all of its slots are taken, offers it to the others. Requests of a sequence that
+another instance has admitted are forwarded to it.
+"""
+
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic
+from typing import Protocol
+
+from inplace.drivers import Arrival, StepDriver, StreamDriver
+from inplace.drivers.reply import Channel, Outputs
+from inplace.drivers.senders import CANCEL_CHECK_INTERVAL
+from inplace.errors import Code, RequestError, backend_failure
+from inplace.protocol import FROM
+from inplace.runtime.batcher import Answer
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.observer import Observer
+from inplace.runtime.requests import Request
+from inplace.runtime.slots import EndReason, SequenceId, SequenceState
+from inplace.server.peers import Address, Peer, PeerLostError, Peers, PeerServer
+
+log = logging.getLogger("inplace")
+
+
+class RemotePlaces(Protocol):
+    """Keeps a sequence's place in Triton while another instance has it."""
+
+    @property
+    def nonce(self) -> str:
+        """Marks the requests of this instance to the model."""
+
+    def recognize(self, nonce: str) -> None:
+        """Take the requests that another instance marks so for its own, not for a client's."""
+
+    def watch_starts(self, on_start: Callable[[SequenceId, str], None]) -> None:
+        """Call back with sequence and nonce for STARTs by which other instances open places."""
+
+    def moved(self, sequence_id: SequenceId) -> None:
+        """Another instance has admitted the sequence."""
+
+    def left(self, sequence_id: SequenceId) -> None:
+        """The sequence has ended there."""
+
+
+class _Routes:
+    """Which sequences other instances have, of those that Triton sends to this one. Thread-safe."""
+
+    def __init__(self, places: RemotePlaces, observer: Observer) -> None:
+        self._places, self._observer = places, observer
+        self._peers: dict[SequenceId, Peer] = {}
+        self._lock = threading.Lock()
+
+    def get(self, sequence_id: SequenceId) -> Peer | None:
+        """The instance that has a sequence; None if no other has it."""
+        return self._peers.get(sequence_id)
+
+    def source(self, request: Request) -> Peer | None:
+        """The other instance that has the sequence which a request copies."""
+        source = request.parameters.get(FROM)
+        return self._peers.get(source) if isinstance(source, (int, str)) else None
+
+    def add(self, sequence_id: SequenceId, peer: Peer) -> None:
+        """An instance has admitted a sequence."""
+        with self._lock:
+            known = sequence_id in self._peers
+            self._peers[sequence_id] = peer
+        if not known:
+            self._places.moved(sequence_id)
+
+    def remove(self, sequence_id: SequenceId, peer: Peer) -> None:
+        """A sequence has ended there, or was never admitted."""
+        with self._lock:
+            if self._peers.get(sequence_id) is not peer:
+                return
+            del self._peers[sequence_id]
+        self._places.left(sequence_id)
+
+    def remove_all(self, peer: Peer) -> None:
+        """An instance has ended, with all of its sequences."""
+        lost = [each for each, having in self._peers.copy().items() if having is peer]
+        for sequence_id in lost:
+            self.remove(sequence_id, peer)
+        if lost:
+            log.warning("another instance of the model has ended, with %d sequences", len(lost))
+
+    def forward(self, peer: Peer, arrival: Arrival) -> int:
+        """Forward a request, and count it."""
+        self._observer.request_forwarded()
+        return peer.forward(arrival)
+
+
+class _Router:
+    """What routers of both kinds of models have: the connections, and what comes over them.
+
+    Args:
+        instance: of the driver.
+        address: of this instance.
+        places: of this instance in Triton.
+        serve: serves requests that other instances forward.
+    """
+
+    def __init__(
+        self,
+        instance: ModelInstance,
+        address: Address,
+        places: RemotePlaces,
+        serve: Callable[[list[Arrival]], None],
+    ) -> None:
+        self._table, self._observer, self._places = instance.table, instance.observer, places
+        self._routes = _Routes(places, self._observer)
+        self._peers = Peers(address, self, places.nonce)
+        self._server = PeerServer(address, serve, self._is_live, places.nonce, self._on_greeting)
+        self._observer.forward_to(self._server)
+        places.watch_starts(self._on_foreign_start)
+        self._peers.refresh()
+
+    def _is_live(self, sequence_id: SequenceId) -> bool:
+        return self._table.get(sequence_id) is not None
+
+    def _on_greeting(self, nonce: str) -> None:
+        """Another instance has connected, which may have begun later than this one."""
+        self._places.recognize(nonce)
+        self._peers.refresh()
+
+    def _on_foreign_start(self, sequence_id: SequenceId, nonce: str) -> None:
+        """Triton has given this instance the place that another opened for a live sequence."""
+        for peer in self._peers.all():
+            if peer.nonce == nonce and not self._is_live(sequence_id):
+                self._routes.add(sequence_id, peer)
+                peer.watch(sequence_id)
+
+    def peer_greeted(self, nonce: str) -> None:
+        """Another instance marks its own requests to the model so."""
+        self._places.recognize(nonce)
+
+    def peer_started(self, peer: Peer, sequence_id: SequenceId) -> None:
+        """A sequence was given a slot there."""
+        self._routes.add(sequence_id, peer)
+
+    def peer_ended(self, peer: Peer, sequence_id: SequenceId) -> None:
+        """A sequence gave its slot back, or was refused one."""
+        self._routes.remove(sequence_id, peer)
+
+    def peer_lost(self, peer: Peer) -> None:
+        """The instance has ended."""
+        self._routes.remove_all(peer)
+
+
+def final_error(errors: Sequence[tuple[Peer | None, RequestError]]) -> tuple[Peer | None, bool]:
+    """Where a START belongs that every instance has declined.
+
+    Args:
+        errors: of every instance, this one (None) first.
+
+    Returns:
+        The instance, and whether it declined for want of a slot: there the START may wait.
+    """
+    for peer, error in errors:
+        if error.code is Code.NO_FREE_SLOT:
+            return peer, True
+    return None, False
+
+
+# Step models
+
+
+class _Answered:
+    """The channel of a forwarded step; `result` waits for its answer."""
+
+    def __init__(self, requested_outputs: frozenset[str]) -> None:
+        self.requested_outputs = requested_outputs
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+
+    def send(self, outputs: Outputs, *, final: bool) -> None:
+        """Take the answer."""
+        self._answers.put(dict(outputs))
+
+    def send_error(self, error: RequestError) -> None:
+        """Take the error."""
+        self._answers.put(error)
+
+    def is_cancelled(self) -> bool:
+        """Never: a step that runs is not stopped."""
+        return False
+
+    def result(self) -> Answer:
+        """Wait for the answer, or for the end of the instance."""
+        return self._answers.get()
+
+
+class StepRouter(_Router):
+    """Answers the requests of a step model, here or in another instance.
+
+    Args:
+        driver: of this instance.
+        address: of this instance.
+        places: of this instance in Triton.
+    """
+
+    def __init__(self, driver: StepDriver, address: Address, places: RemotePlaces) -> None:
+        self._driver = driver
+        super().__init__(driver.instance, address, places, self._serve)
+
+    def run(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer every request, in order. Those of one sequence take effect in the order given."""
+        answers: list[Answer] = []
+        for batch in self._split(requests):
+            answers += self._run(batch)
+        return answers
+
+    def close(self) -> None:
+        """Close the connections to the other instances. The driver is closed before."""
+        self._server.close()
+        self._peers.close()
+
+    @staticmethod
+    def _split(requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """Batches in which no request comes after a START of its sequence.
+
+        Where a sequence lives is known only after the answer to its START.
+        """
+        batch: list[Request] = []
+        started: set[SequenceId] = set()
+        for request in requests:
+            if request.sequence_id in started:
+                yield batch
+                batch, started = [], set()
+            batch.append(request)
+            if request.start:
+                started.add(request.sequence_id)
+        yield batch
+
+    def _run(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer requests; forwarded ones run beside those of this instance."""
+        here: list[tuple[int, Request]] = []
+        waits: dict[int, tuple[Peer, _Answered]] = {}
+        for index, request in enumerate(requests):
+            asked = replace(request, offered=True) if request.start else request
+            peer = self._routes.get(request.sequence_id)
+            if peer is None and request.start:
+                peer = self._routes.source(request)
+            if peer is None:
+                here.append((index, asked))
+            else:
+                waits[index] = peer, self._send(peer, asked)
+        answers: dict[int, Answer] = {}
+        run = self._driver.run([request for _, request in here])
+        for (index, request), answer in zip(here, run, strict=True):
+            answers[index] = self._or_elsewhere(request, None, answer)
+        for index, (peer, channel) in waits.items():
+            answer = channel.result()
+            request = requests[index]
+            if request.start:
+                answer = self._or_elsewhere(replace(request, offered=True), peer, answer)
+            answers[index] = answer
+        return [answers[index] for index in range(len(requests))]
+
+    def _send(self, peer: Peer, request: Request) -> _Answered:
+        channel = _Answered(request.requested_outputs or frozenset())
+        self._routes.forward(peer, (request, {}, channel))
+        return channel
+
+    def _or_elsewhere(self, request: Request, asked: Peer | None, answer: Answer) -> Answer:
+        """The answer; or, if another instance might admit the request, that one's."""
+        errors: list[tuple[Peer | None, RequestError]] = []
+        targets = itertools.chain([asked], self._untried(asked))
+        for target in targets:
+            if target is not asked:
+                answer = self._ask(target, request)
+            declined = isinstance(answer, RequestError) and _declines(request, answer)
+            if not declined:
+                if target is not None and not isinstance(answer, RequestError):
+                    self._confirm(request, target)
+                return answer
+            assert isinstance(answer, RequestError)
+            errors.append((target, answer))
+        errors.sort(key=lambda each: each[0] is not None)
+        target, is_full = final_error(errors)
+        return self._ask(target, replace(request, offered=False)) if is_full else errors[0][1]
+
+    def _untried(self, asked: Peer | None) -> Iterator[Peer | None]:
+        """The other instances; made when the first has declined."""
+        if asked is not None:
+            yield None
+        yield from (peer for peer in self._peers.all() if peer is not asked)
+
+    def _ask(self, target: Peer | None, request: Request) -> Answer:
+        if target is None:
+            return self._driver.run([request])[0]
+        return self._send(target, request).result()
+
+    def _confirm(self, request: Request, peer: Peer) -> None:
+        """A START without a new sequence continues one that the instance has."""
+        if not request.end and request.continues_sequence:
+            self._routes.add(request.sequence_id, peer)
+
+    def _serve(self, arrivals: list[Arrival]) -> None:
+        """Answer requests that another instance has forwarded."""
+        try:
+            answers = self._driver.run([request for request, _, _ in arrivals])
+        except Exception as error:  # a defect; the other instance waits for answers
+            log.exception("forwarded requests failed")
+            answers = [backend_failure(error)] * len(arrivals)
+        for (_, _, channel), answer in zip(arrivals, answers, strict=True):
+            if isinstance(answer, RequestError):
+                channel.send_error(answer)
+            else:
+                channel.send(answer, final=True)
+
+
+def _declines(request: Request, error: RequestError) -> bool:
+    return request.may_succeed_elsewhere(error) or isinstance(error, PeerLostError)
+
+
+# Stream models
+
+
+class _RoutedChannel:
+    """A client's channel that is asked for cancellation only before its final response.
+
+    A request that another instance answers is not asked by that one's reply.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.requested_outputs = channel.requested_outputs
+        self._channel, self._lock, self._finished = channel, threading.Lock(), False
+
+    def send(self, outputs: Outputs, *, final: bool) -> None:
+        """Send a response."""
+        with self._lock:
+            self._finished |= final
+            self._channel.send(outputs, final=final)
+
+    def send_error(self, error: RequestError) -> None:
+        """Send an error as the final response."""
+        with self._lock:
+            self._finished = True
+            self._channel.send_error(error)
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has cancelled; False after the final response."""
+        with self._lock:
+            return not self._finished and self._channel.is_cancelled()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final response was sent."""
+        return self._finished
+
+
+@dataclass(eq=False)
+class _Offer:
+    """A START until an instance has admitted or refused it.
+
+    Attributes:
+        arrival: the request.
+        channel: its client's.
+        target: the instance that has it now; None for this one.
+        errors: why others have declined it.
+        settled: it was admitted, or is refused by all.
+        held: later requests of its sequence, which follow it.
+    """
+
+    arrival: Arrival
+    channel: _RoutedChannel
+    target: Peer | None
+    errors: list[tuple[Peer | None, RequestError]] = field(default_factory=list)
+    settled: bool = False
+    held: list[Arrival] = field(default_factory=list)
+
+    @property
+    def request(self) -> Request:
+        """The client's request."""
+        return self.arrival[0]
+
+
+class _OfferChannel:
+    """The channel of an offer: an error that another instance might not share is kept back."""
+
+    def __init__(self, router: "StreamRouter", offer: _Offer) -> None:
+        self._router, self._offer = router, offer
+        self.requested_outputs = offer.channel.requested_outputs
+
+    def send(self, outputs: Outputs, *, final: bool) -> None:
+        """Send a response: an instance has the request."""
+        self._router.settle(self._offer)
+        self._offer.channel.send(outputs, final=final)
+
+    def send_error(self, error: RequestError) -> None:
+        """Send an error as the final response, or offer the request to the next instance."""
+        offer = self._offer
+        if not offer.settled and _declines(replace(offer.request, offered=True), error):
+            self._router.decline(offer, error)
+            return
+        self._router.settle(offer, refused=True)
+        offer.channel.send_error(error)
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has cancelled; False after the final response."""
+        return self._offer.channel.is_cancelled()
+
+
+class StreamRouter(_Router):
+    """Passes the requests of a stream model to this instance's driver, or to another instance.
+
+    A thread offers declined requests to the next instance and checks whether the clients of
+    forwarded ones have cancelled.
+
+    Args:
+        driver: of this instance.
+        address: of this instance.
+        places: of this instance in Triton.
+    """
+
+    def __init__(self, driver: StreamDriver, address: Address, places: RemotePlaces) -> None:
+        self._driver = driver
+        self._offers: dict[SequenceId, _Offer] = {}
+        self._forwarded: list[tuple[_RoutedChannel, Peer, int]] = []
+        self._lock = threading.RLock()
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        super().__init__(driver.instance, address, places, driver.submit)
+        self._observer.forward_to(self)
+        self._thread = threading.Thread(target=self._run, name="inplace-route", daemon=True)
+        self._thread.start()
+
+    def submit(self, arrivals: Iterable[Arrival]) -> None:
+        """Queue requests that came together; each is answered through its channel."""
+        routed = (self._route(each) for each in arrivals)
+        self._driver.submit(each for each in routed if each is not None)
+
+    def close(self) -> None:
+        """Close the connections; what others have of ours is answered with SHUTDOWN.
+
+        The driver is closed before: it has answered what this instance had.
+        """
+        self._server.close()
+        self._peers.close()
+        self._events.put(None)
+        self._thread.join()
+
+    def _route(self, arrival: Arrival) -> Arrival | None:
+        """Hold, forward or offer a request; returns what this instance's driver gets of it."""
+        request, texts, channel = arrival
+        with self._lock:
+            if (offer := self._offers.get(request.sequence_id)) is not None:
+                offer.held.append(arrival)
+                return None
+            peer = self._routes.get(request.sequence_id)
+            if not request.start:
+                if peer is None:
+                    return arrival
+                self._forward(peer, request, arrival, _RoutedChannel(channel))
+                return None
+            if peer is None:
+                peer = self._routes.source(request)
+            offer = _Offer(arrival, _RoutedChannel(channel), peer)
+            self._offers[request.sequence_id] = offer
+            offered = replace(request, offered=True), texts, _OfferChannel(self, offer)
+            if peer is None:
+                return offered
+            self._forward_offer(peer, offer, offered)
+            return None
+
+    def _forward(
+        self, peer: Peer, request: Request, arrival: Arrival, channel: _RoutedChannel
+    ) -> None:
+        number = self._routes.forward(peer, (request, arrival[1], channel))
+        self._watch(channel, peer, number)
+
+    def _forward_offer(self, peer: Peer, offer: _Offer, offered: Arrival) -> None:
+        offer.target = peer
+        self._watch(offer.channel, peer, self._routes.forward(peer, offered))
+
+    def _watch(self, channel: _RoutedChannel, peer: Peer, number: int) -> None:
+        with self._lock:
+            self._forwarded.append((channel, peer, number))
+        self._events.put(_nothing)  # the thread checks from now on
+
+    # Offers. They are called on threads of drivers and connections, and act on our own.
+
+    def settle(self, offer: _Offer, *, refused: bool = False) -> None:
+        """An instance has a START, or refuses it for good: what is held may follow."""
+        if offer.settled:
+            return
+        offer.settled = True
+        request, peer = offer.request, offer.target
+        if peer is not None and not refused and request.continues_sequence:
+            self._routes.add(request.sequence_id, peer)  # it gets no new slot there
+        self._events.put(lambda: self._follow(offer))
+
+    def decline(self, offer: _Offer, error: RequestError) -> None:
+        """An instance cannot admit a START."""
+        offer.errors.append((offer.target, error))
+        self._events.put(lambda: self._offer_next(offer))
+
+    def _offer_next(self, offer: _Offer) -> None:
+        request, texts, _ = offer.arrival
+        channel = _OfferChannel(self, offer)
+        tried = [peer for peer, _ in offer.errors]
+        if None not in tried:
+            offer.target = None
+            self._driver.submit([(replace(request, offered=True), texts, channel)])
+            return
+        for peer in self._peers.all():
+            if peer not in tried:
+                with self._lock:
+                    arrival = replace(request, offered=True), texts, channel
+                    self._forward_offer(peer, offer, arrival)
+                return
+        errors = sorted(offer.errors, key=lambda each: each[0] is not None)
+        target, is_full = final_error(errors)
+        if not is_full:
+            error = errors[0][1]
+            self._observer.request_refused(
+                request.sequence_id, request.request_id, error, end=request.end
+            )
+            self.settle(offer, refused=True)
+            offer.channel.send_error(error)
+            return
+        offer.target, offer.settled = target, True
+        if target is None:
+            self._driver.submit([(request, texts, offer.channel)])
+        else:
+            self._routes.add(request.sequence_id, target)  # until it is refused there
+            self._forward(target, request, offer.arrival, offer.channel)
+        self._follow(offer)
+
+    def _follow(self, offer: _Offer) -> None:
+        """Route the requests that were held behind a START."""
+        sequence_id = offer.request.sequence_id
+        while True:
+            with self._lock:
+                if self._offers.get(sequence_id) is not offer:
+                    return  # it was settled twice, at the same time
+                if not offer.held:
+                    del self._offers[sequence_id]
+                    return
+                arrival = offer.held.pop(0)
+                if arrival[0].start:
+                    del self._offers[sequence_id]
+                routed = self._route_held(arrival)
+                if (following := self._offers[sequence_id]) is not offer:
+                    following.held += offer.held
+            if routed is not None:
+                self._driver.submit([routed])
+            if following is not offer:
+                return
+
+    def _route_held(self, arrival: Arrival) -> Arrival | None:
+        """Route a request of a sequence whose START is settled."""
+        request, _, channel = arrival
+        if request.start:
+            return self._route(arrival)
+        peer = self._routes.get(request.sequence_id)
+        if peer is None:
+            return arrival
+        self._forward(peer, request, arrival, _RoutedChannel(channel))
+        return None
+
+    # Events
+
+    def sequence_started(self, sequence: SequenceState) -> None:
+        """A sequence was given a slot here."""
+        offer = self._offers.get(sequence.id)
+        if offer is not None and offer.target is None:
+            self.settle(offer)
+
+    def sequence_ended(self, sequence: SequenceState, reason: EndReason) -> None:
+        """A sequence gave its slot back here."""
+
+    def peer_started(self, peer: Peer, sequence_id: SequenceId) -> None:
+        """A sequence was given a slot there."""
+        super().peer_started(peer, sequence_id)
+        offer = self._offers.get(sequence_id)
+        if offer is not None and offer.target is peer:
+            self.settle(offer)
+
+    # The thread
+
+    def _run(self) -> None:
+        next_check = 0.0
+        while True:
+            try:
+                event = self._events.get(timeout=CANCEL_CHECK_INTERVAL if self._forwarded else None)
+                if event is None:
+                    return
+                event()
+            except queue.Empty:
+                pass
+            except Exception:  # a defect; the other requests go on
+                log.exception("a request could not be offered to another instance")
+            if monotonic() >= next_check:
+                next_check = monotonic() + CANCEL_CHECK_INTERVAL
+                self._check_cancelled()
+
+    def _check_cancelled(self) -> None:
+        with self._lock:
+            forwarded, self._forwarded = self._forwarded, []
+        for channel, peer, number in forwarded:
+            try:
+                cancelled = channel.is_cancelled()
+            except Exception:  # an error of the server
+                log.exception("a request was not asked whether it is cancelled")
+                continue
+            if cancelled:
+                peer.cancel(number)
+            elif not channel.finished:
+                with self._lock:
+                    self._forwarded.append((channel, peer, number))
+
+
+def _nothing() -> None:
+    """Wake the thread."""

@@ -1,0 +1,172 @@
+"""Two instances of a model with two slots each: four sequences, wherever Triton sends them.
+
+Each instance is a process with an engine and an arena of its own. Every answer is compared with
+what the sequence says alone.
+"""
+
+import random
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.options import BuildOptions
+from inplace_builder.tools.tritonserver import TritonServer
+from support.engines import Engines
+from support.faults import Answer, Stream, add, eventually, idle_after
+from support.generating import ENDLESS, GrpcStream, long_stream
+from support.instances import NO_FREE_SLOT, play
+from support.models import accumulator, greedy
+from support.observed import LABEL, SAMPLE
+from support.pool import Deployment, ServerPool
+from support.streams import prompt
+from transformers import LlamaForCausalLM
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.grpc import model_config_pb2 as pb
+
+pytestmark = [pytest.mark.long, pytest.mark.server]
+
+SLOTS, INSTANCES = 2, 2
+ALL = SLOTS * INSTANCES
+IDLE = 3600.0
+
+
+def _two(config: pb.ModelConfig) -> None:
+    config.instance_group[0].count = INSTANCES
+
+
+def _two_patient(config: pb.ModelConfig) -> None:
+    _two(config)
+    idle_after(config, IDLE)
+
+
+@dataclass(frozen=True)
+class Served:
+    server: TritonServer
+    llama: LlamaForCausalLM
+
+    def metric(self, model: str, name: str) -> dict[str, float]:
+        """By instance."""
+        url = f"http://127.0.0.1:{self.server.ports.metrics}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as page:
+            samples = SAMPLE.findall(page.read().decode())
+        found: dict[str, float] = {}
+        for each, text, value in samples:
+            labels = dict(LABEL.findall(text))
+            if each == name and labels["model"] == model:
+                found[labels["instance"]] = found.get(labels["instance"], 0.0) + float(value)
+        return found
+
+
+@pytest.fixture(scope="module")
+def accumulators(engines: Engines) -> Path:
+    def build(path: Path) -> None:
+        options = BuildOptions(slots=SLOTS, max_rows=SLOTS, capacity=1)
+        write_engine(accumulator(max_rows=SLOTS), path / "pair", options)
+        write_engine(
+            accumulator(max_rows=SLOTS), path / "pair_flow", replace(options, serve="stream")
+        )
+
+    return engines.get("instances-accumulators", build)
+
+
+@pytest.fixture(scope="module")
+def served(engines: Engines, accumulators: Path, pool: ServerPool) -> Iterator[Served]:
+    llama, model = long_stream(engines, SLOTS)
+    deployments = [
+        Deployment(accumulators / "pair", "pair", _two_patient),
+        Deployment(accumulators / "pair_flow", "pair_flow", _two_patient),
+        Deployment(model, "pair_text", _two, proxy=True),
+    ]
+    with pool.serve(*deployments) as server:
+        yield Served(server, llama)
+
+
+def test_steps_of_four_sequences_are_served_in_every_order(served: Served) -> None:
+    with InferenceServerClient(served.server.grpc_url) as client:
+        refused, started = play(partial(add, client, "pair"), 1, 250, ALL)
+    assert (started, refused > 20) == (250, True)
+    assert set(served.metric("pair", "inplace_slots").values()) == {SLOTS}
+
+
+def test_steps_over_streams_are_too(served: Served) -> None:
+    with Stream(served.server.grpc_url) as stream:
+
+        def ask(number: int, value: float, *, start: bool = False, end: bool = False) -> Answer:
+            stream.send("pair_flow", number, value, start=start, end=end)
+            return stream.receive()
+
+        refused, started = play(ask, 2, 250, ALL)
+    assert (started, refused > 20) == (250, True)
+
+
+def test_generations_of_four_sequences_run_at_once_and_say_what_they_say_alone(
+    served: Served,
+) -> None:
+    """Some with START and END in one request, some in two, one after the other on four threads."""
+
+    def one(thread: int) -> None:
+        randomly = random.Random(thread)
+        with GrpcStream(served.server.grpc_url, "pair_text") as talk:
+            for number in range(12):
+                ids, count = prompt(100 * thread + number, 5), randomly.randint(1, 12)
+                name, whole = f"text-{thread}-{number}", randomly.random() < 0.5
+                first = talk.request(name, ids, count, start=True, end=whole)
+                expected = greedy(served.llama, ids, count)
+                assert (first.tokens, first.reason) == (expected, "length"), first
+                if not whole:
+                    more = talk.request(name, [7], 3, end=True)
+                    assert more.tokens == greedy(served.llama, [*ids, *expected, 7], 3), more
+
+    with ThreadPoolExecutor(ALL) as threads:
+        list(threads.map(one, range(ALL)))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_four_endless_generations_run_and_a_fifth_waits_for_any(
+    served: Served, whole: bool
+) -> None:
+    with ExitStack() as stack:
+        talks = [
+            stack.enter_context(GrpcStream(served.server.grpc_url, "pair_text"))
+            for _ in range(ALL + 1)
+        ]
+        for number, talk in enumerate(talks[:ALL]):
+            talk.send(
+                f"endless-{whole}-{number}", prompt(number, 5), ENDLESS, start=True, end=whole
+            )
+        for number, talk in enumerate(talks[:ALL]):
+            tokens = talk.collect(20).tokens[:20]
+            assert tokens == greedy(served.llama, prompt(number, 5), 20)
+        talks[ALL].send(f"fifth-{whole}", prompt(9, 5), 5, start=True, end=True)
+        for talk in talks[:ALL]:
+            talk.drop()
+        assert talks[ALL].collect().tokens == greedy(served.llama, prompt(9, 5), 5)
+    eventually(
+        lambda: sum(served.metric("pair_text", "inplace_sequences_live").values()) == 0,
+        "cancelled generations leave no slot",
+        10.0,
+    )
+
+
+def test_a_copy_begins_where_the_original_is(served: Served) -> None:
+    """Triton sends the START of a copy to any instance."""
+    own: dict[str, Any] = {"sequence_key": "mine"}
+    with InferenceServerClient(served.server.grpc_url) as client:
+        for original in range(1, ALL):
+            value = float(original)
+            assert add(client, "pair", original, value, start=True, **own) == (value, 1)
+            copy = 10 + original
+            answer = add(
+                client, "pair", copy, 10.0, start=True, end=True, **{"from": original, **own}
+            )
+            full = original == SLOTS or NO_FREE_SLOT in str(answer)
+            assert answer == (value + 10.0, 2) or full, answer
+        for original in range(1, ALL):
+            assert add(client, "pair", original, 1.0, end=True, **own) == (original + 1.0, 2)

@@ -28,22 +28,29 @@ def end(channel: RecordingChannel) -> tuple[str, str]:
 
 def test_generations_end_where_their_grammar_does(streams: OpenStreams) -> None:
     client = streams(CONFIG)
-    letter = tiny_tokenizer().token_to_id("a")
-    given: list[tuple[dict[str, Any], tuple[str, str]]] = [
-        ({"regex": "a{5}"}, ("stop", "aaaaa")),
-        ({"regex": "a{5}", "most": 5, "allowed_token_ids": letter}, ("stop", "aaaaa")),
-        ({"regex": "a{9}", "most": 5, "allowed_token_ids": letter}, ("length", "aaaaa")),
-        ({"regex": "(red|green)x", "stop": ("re",)}, ("stop", "")),
-        ({"regex": "a*", "banned_token_ids": str(letter), "min_tokens": 1}, ("stop", "")),
-        ({"choice": '["yes"]', "ignore_eos": True}, ("stop", "yes")),
-        ({"choice": '["b"]', "num_generated": 0}, ("stop", "b")),
+    only_a = {"allowed_token_ids": tiny_tokenizer().token_to_id("a")}
+    given: list[tuple[dict[str, Any], str, set[str]]] = [
+        ({"regex": "a{5}"}, "stop", {"aaaaa"}),
+        ({"regex": "a{5}", "most": 5, **only_a}, "stop", {"aaaaa"}),
+        ({"regex": "a{9}", "most": 5, **only_a}, "length", {"aaaaa"}),
+        ({"regex": "(red|green)x", "stop": ("re",)}, "stop", {"", "g"}),
+        ({"regex": "a?", "min_tokens": 3}, "stop", {"a"}),
+        ({"choice": '["yes"]', "ignore_eos": True}, "stop", {"yes"}),
+        ({"json_object": True, "temperature": 0.0, "most": 1}, "length", {"{"}),
     ]
-    channels = [generate(client, f"{index}", **each) for index, (each, _) in enumerate(given)]
-    for channel, (each, expected) in zip(channels, given, strict=True):
-        if each.get("regex") != "a*":
-            assert end(channel)[0] == expected[0], each
-        if "stop" not in each and each.get("regex") != "a*":
-            assert channel.text == expected[1], each
+    channels = [generate(client, f"{index}", **each) for index, (each, *_) in enumerate(given)]
+    for channel, (each, reason, texts) in zip(channels, given, strict=True):
+        assert channel.finish_reason == reason, each
+        assert channel.text in texts, each
+
+
+def test_a_generation_that_has_no_token_left_is_an_error(streams: OpenStreams) -> None:
+    client, tokenizer = streams(CONFIG), tiny_tokenizer()
+    banned = ",".join(str(tokenizer.token_to_id(letter)) for letter in "ab")
+    free = client.num_free_slots()
+    refused = generate(client, "a", regex="a|b", banned_token_ids=banned)
+    refused.assert_refused(Code.BAD_PARAMETER, "no token is left that may be chosen")
+    assert client.num_free_slots() == free
 
 
 def test_random_schemas_end_and_are_valid(streams: OpenStreams) -> None:
@@ -77,7 +84,9 @@ def test_a_grammar_that_is_too_expensive_is_refused_while_others_are_served(
     streams: OpenStreams,
 ) -> None:
     client = streams(CONFIG)
-    expensive = generate(client, "expensive", regex="(((a{100}){100}){100}){100}")
+    properties = {f"p{index}": {"type": "string"} for index in range(1500)}
+    large = json.dumps({"type": "object", "properties": properties})
+    expensive = generate(client, "expensive", json=large)
     others = [generate(client, f"o{index}", most=5) for index in range(20)]
     for other in others:
         assert len(other.wait().tokens) >= 1

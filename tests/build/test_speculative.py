@@ -1,7 +1,8 @@
 """Speculative decoding: drafted tokens change how fast tokens come, and never which ones."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
@@ -10,6 +11,16 @@ from typing import Any
 import pytest
 import torch
 from inplace.drivers import StreamDriver, TokenizerConfig, engine_thread
+from inplace.engines import Finish
+from inplace.engines.arena import Arena
+from inplace.engines.tensorrt.steps import (
+    InputBuffers,
+    StepSize,
+    decode_sizes,
+    mixed_sizes,
+    smallest_fit,
+    step_size,
+)
 from inplace.errors import Code
 from inplace.operators import sample
 from inplace.runtime import speculative
@@ -17,15 +28,20 @@ from inplace.runtime.batcher import Sample, add_samples
 from inplace.runtime.schedules import open_model
 from inplace.runtime.speculative import SpeculativeInstance
 from inplace.schema.served import Manifest
-from inplace_builder import BuildError, BuildOptions, DecoderOptions, write_engine
+from inplace.trt import TensorRT
+from inplace_builder import BuildError, BuildOptions, Capture, DecoderOptions, write_engine
 from inplace_builder.capture.drafted import SpeculativeCapture
 from inplace_builder.capture.speculative import capture_speculative, first_layers
 from inplace_builder.served.verify_speculative import verify_speculative
 from pydantic import ValidationError
 from support.driving import RecordingEngine
 from support.models import greedy, late_token, tiny_llama
+from support.network_interpreter import interpret
+from support.plugin_decoders import plugin_network
+from support.plugin_networks import tensorrt_with_plugins
 from support.streaming import StreamClient, slow_steps, wait_until
 from support.vocabulary import added, tiny_tokenizer
+from torch import Tensor
 from transformers import (
     LlamaForCausalLM,
     MistralConfig,
@@ -326,7 +342,7 @@ def test_the_distribution_of_sampled_tokens_is_the_models(other: Built) -> None:
         assert p_value(observed, wrong) < 1e-9, "the test tells the draft's distribution apart"
 
 
-def marginals(model: LlamaForCausalLM, prompt: list[int], temperature: float) -> torch.Tensor:
+def marginals(model: LlamaForCausalLM, prompt: list[int], temperature: float) -> Tensor:
     """The probabilities of the second and of the third token, ``[2, TOKENS]``."""
     every = torch.arange(TOKENS)
     prefixes, weights, rows = torch.tensor([prompt]), torch.ones(1), []
@@ -342,7 +358,7 @@ def marginals(model: LlamaForCausalLM, prompt: list[int], temperature: float) ->
     return torch.stack(rows[1:])
 
 
-def p_value(observed: torch.Tensor, probabilities: torch.Tensor) -> float:
+def p_value(observed: Tensor, probabilities: Tensor) -> float:
     """Of a chi-square test; tokens that are expected less than five times are one class."""
     expected = probabilities * observed.sum()
     rare = expected < 5
@@ -368,6 +384,57 @@ def test_verification_fails_if_tokens_are_sampled_behind_the_wrong_ones(
     monkeypatch.setattr(speculative, "add_samples", shifted)
     with pytest.raises(BuildError, match="differs from the model"):
         verify_speculative(own.folder, manifest, own.capture)
+
+
+class NetworkEngine:
+    """A program's TensorRT network, interpreted over an arena in steps of the captured sizes."""
+
+    overlaps = False
+
+    def __init__(self, capture: Capture, arena: Arena, tensorrt: TensorRT) -> None:
+        self._network, self._program = plugin_network(capture, tensorrt), capture.program
+        self._states = {state.name: arena.tensors[state.name] for state in capture.states}
+        self.sizes: list[StepSize] = []
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def launch(self, inputs: Mapping[str, Tensor], requested: Collection[str]) -> Finish:
+        step = step_size(self._program, inputs)
+        sizes = [*decode_sizes(self._program), *mixed_sizes(self._program)]
+        size = smallest_fit(sizes, step)
+        assert size is not None
+        self.sizes.append(step)
+        buffers = InputBuffers(self._program, size, torch.device("cpu"))
+        buffers.fill({name: inputs[name].contiguous() for name in inputs})
+        buffers.upload()
+        given = {**buffers.tensors, **self._states, **self._network.bound_weights}
+        for spec in self._program.inputs:
+            if spec.name not in given:
+                given[spec.name] = torch.zeros((size.rows, *spec.shape), dtype=spec.dtype.as_torch)
+                given[spec.name][: step.rows] = inputs[spec.name]
+        outputs = interpret(self._network, {name: given[name] for name in self._network.inputs})
+        return lambda _: {name: outputs[name][: step.rows] for name in requested}
+
+
+def test_rounds_of_tensorrt_networks_in_captured_sizes_give_the_models_tokens(own: Built) -> None:
+    """Both programs, with the padding of captured steps; plans are run in tests/gpu."""
+    tensorrt = tensorrt_with_plugins()
+    instance = instance_of(own)
+    step = NetworkEngine(own.capture.model, instance.arena, tensorrt)
+    instance.engine = step
+    instance._draft_engine = NetworkEngine(own.capture.draft, instance.arena, tensorrt)
+    driver = StreamDriver(instance, TokenizerConfig(), 8, engine_thread())
+    client = StreamClient(driver)
+    channels = {name: client.generate(name, ids, 12) for name, ids in PROMPTS.items()}
+    for name, ids in PROMPTS.items():
+        assert channels[name].wait().tokens == greedy(own.model, ids, 12)
+    accepted, rejected = drafted(client)
+    driver.close()
+    assert min(accepted, rejected) > 0
+    rounds = [size for size in step.sizes if size.tokens == 3 * (DRAFTED + 1)]
+    assert rounds
+    assert all(size.rows > size.tokens for size in rounds), "they are mixed steps"
 
 
 def test_the_draft_of_own_layers_keeps_nothing_of_its_own(own: Built, other: Built) -> None:

@@ -24,7 +24,7 @@ from inplace.protocol import (
 )
 from inplace.runtime.batcher import ActiveRequest, sampling_values
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.loading import load_engine, make_arena
+from inplace.runtime.loading import load_engines, make_arena
 from inplace.runtime.requests import Request
 from inplace.schema.files import EngineFolder
 from inplace.schema.schedule import PROMPT_LOGPROBS as PROMPT_PROGRAM
@@ -130,14 +130,16 @@ def _verify_at_capacity(
         capture: the captured model.
         scores_prompt: ask for log-probabilities of fed tokens, so that the program for that runs.
     """
-    files, prompt_engine = EngineFolder(folder), None
+    files, names = EngineFolder(folder), [STEP, *([PROMPT_PROGRAM] if scores_prompt else [])]
     with load_errors():
         arena = make_arena(files, manifest, NUM_SEQUENCES + SPARE_SLOTS)
-        engine = load_engine(files, manifest, arena)
-        if scores_prompt:
-            prompt_engine = load_engine(files, manifest, arena, PROMPT_PROGRAM)
+        engines = load_engines(files, manifest, arena, names)
     instance = ModelInstance(
-        manifest, arena, engine, idle_timeout=float("inf"), prompt_engine=prompt_engine
+        manifest,
+        arena,
+        engines[STEP],
+        idle_timeout=float("inf"),
+        prompt_engine=engines.get(PROMPT_PROGRAM),
     )
     for tensor in arena.tensors.values():
         fill_with_sentinel(tensor)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_interleaved_generations_have_transformers_own_tokens(
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_beside_others(client: StreamClient) -> None:
-    sampling = {"temperature": 0.9, "top_k": 20, "seed": 5}
+    sampling: dict[str, Any] = {"temperature": 0.9, "top_k": 20, "seed": 5}
     alone = client.generate("a", PROMPTS["c"], 30, end=True, **sampling).wait().tokens
     others = [client.generate(name, PROMPTS[name], 30) for name in ("b", "c")]
     assert client.generate("a", PROMPTS["c"], 30, **sampling).wait().tokens == alone

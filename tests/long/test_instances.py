@@ -5,6 +5,7 @@ what the sequence says alone.
 """
 
 import random
+import signal
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,9 @@ from typing import Any
 import pytest
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.tools.tritonserver import TritonServer
+from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.engines import Engines
-from support.faults import Answer, Stream, add, eventually, idle_after
+from support.faults import Answer, Stream, add, eventually, idle_after, kill, stubs
 from support.generating import ENDLESS, GrpcStream, long_stream
 from support.instances import NO_FREE_SLOT, play
 from support.models import accumulator, greedy
@@ -170,3 +171,28 @@ def test_a_copy_begins_where_the_original_is(served: Served) -> None:
             assert answer == (value + 10.0, 2) or full, answer
         for original in range(1, ALL):
             assert add(client, "pair", original, 1.0, end=True, **own) == (original + 1.0, 2)
+
+
+def test_one_instance_killed_the_sequences_of_the_other_go_on_and_new_ones_are_served(
+    accumulators: Path, tmp_path: Path
+) -> None:
+    """Some are sent to the dead one, which Triton does not notice; it cannot unload the model."""
+    deployment = Deployment(accumulators / "pair", "pair_killed", _two_patient)
+    (tmp_path / "repository").mkdir()
+    deployment.copy_to(tmp_path / "repository")
+    with (
+        TritonServer(tmp_path / "repository", Ports(0, 0, 0), log=tmp_path / "log") as server,
+        InferenceServerClient(server.grpc_url) as client,
+    ):
+        ask = partial(add, client, "pair_killed")
+        numbers = range(1, ALL + 1)
+        assert [ask(number, 1.0, start=True) for number in numbers] == [(1.0, 1)] * ALL
+        kill(stubs(server, "pair_killed")[0], signal.SIGKILL)
+        answers = {number: ask(number, 1.0) for number in numbers}
+        alive = [number for number, answer in answers.items() if answer == (2.0, 2)]
+        assert len(alive) == SLOTS
+        assert all("not healthy" in each for each in answers.values() if isinstance(each, str))
+        assert [ask(number, 1.0, end=True) for number in alive] == [(3.0, 3)] * SLOTS
+        new = [ask(number, 1.0, start=True, end=True) for number in range(20, 30)]
+        assert (1.0, 1) in new, new
+        assert all(each == (1.0, 1) or "not healthy" in str(each) for each in new), new

@@ -366,21 +366,3 @@ def test_a_killed_client_keeps_its_slots_until_they_are_idle(
     time.sleep(1.5 * IDLE)
     assert FORGOTTEN in str(add(client, "full", 1, 1.0))
     assert free(client, "full", range(20, 30), slots=3) == 4
-
-
-def test_of_two_instances_one_is_killed_and_the_sequences_of_the_other_go_on(
-    accumulating: TritonServer, client: InferenceServerClient
-) -> None:
-    """And new ones are served; some are sent to the dead one, which Triton does not notice."""
-    ask = partial(add, client, "twins")
-    numbers = range(1, 2 * SLOTS + 1)
-    assert [ask(number, 1.0, start=True) for number in numbers] == [(1.0, 1)] * len(numbers)
-    kill(stubs(accumulating, "twins")[0], signal.SIGKILL)
-    answers = {number: ask(number, 1.0) for number in numbers}
-    alive = [number for number, answer in answers.items() if answer == (2.0, 2)]
-    assert len(alive) == SLOTS
-    assert all("not healthy" in each for each in answers.values() if isinstance(each, str))
-    assert [ask(number, 1.0, end=True) for number in alive] == [(3.0, 3)] * SLOTS
-    new = [ask(number, 1.0, start=True, end=True) for number in range(20, 30)]
-    assert (1.0, 1) in new, new
-    assert all(each == (1.0, 1) or "not healthy" in str(each) for each in new), new

@@ -8,13 +8,6 @@ from inplace.grammars.service import (
     wait_for_masks,
 )
 from inplace.grammars.source import GrammarSource
-from inplace.grammars.tools import (
-    Tool,
-    ToolCall,
-    ToolFormat,
-    parse_tool_calls,
-    tool_parameters,
-)
 
 __all__ = [
     "CompiledGrammar",
@@ -22,10 +15,5 @@ __all__ = [
     "GrammarMatcher",
     "GrammarSource",
     "Next",
-    "Tool",
-    "ToolCall",
-    "ToolFormat",
-    "parse_tool_calls",
-    "tool_parameters",
     "wait_for_masks",
 ]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +19,10 @@ import jsonschema  # type: ignore[import-untyped]
 import openai
 import pytest
 import torch
+from inplace.errors import LoadError
 from inplace.openai import Frontend, Limits
 from inplace.openai.keys import KeyFile, new_key
+from inplace.openai.models import load_models
 from openai.types.chat import ChatCompletionMessageParam
 from support.fronts import Front, running
 from support.models import greedy
@@ -438,6 +441,21 @@ def test_a_client_that_goes_away_frees_its_slots(front: Front, stream: bool) -> 
             front.wait_for("inplace_openai_requests_in_flight", before + 1)
     front.wait_for("inplace_openai_requests_in_flight", before)
     assert front.metric("inplace_openai_generated_tokens_total") - generated < 4 * 200
+
+
+def test_a_model_that_cannot_be_read_is_left_out(
+    stream_models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton serves the others too."""
+    shutil.copytree(stream_models / MODEL, tmp_path / MODEL)
+    (tmp_path / "broken/1").mkdir(parents=True)
+    (tmp_path / "broken/config.pbtxt").write_text('parameters { key: "serve" }')
+    (tmp_path / "broken/1/engine.json").write_text("{}")
+    assert list(load_models(tmp_path)) == [MODEL]
+    assert "broken is not offered: " in caplog.text
+    shutil.rmtree(tmp_path / MODEL)
+    with pytest.raises(LoadError, match="has no language or speech model that can be read"):
+        load_models(tmp_path)
 
 
 def test_health_and_metrics(front: Front) -> None:

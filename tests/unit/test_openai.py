@@ -195,20 +195,20 @@ def test_without_keys_only_the_loopback_interface_is_listened_on(host: str, tmp_
 
 def test_the_same_affinity_goes_to_the_same_server() -> None:
     servers = [f"host-{letter}:8001" for letter in "abcd"]
-    replicas = Replicas(servers)
+    replicas = Replicas(servers, ["m"])
     chosen: dict[bytes, str] = {}
     for number in range(200):
         affinity = str(number).encode()
-        chosen[affinity] = replicas.choose(affinity)
-        assert replicas.choose(affinity) == chosen[affinity]
+        chosen[affinity] = replicas.choose("m", affinity)
+        assert replicas.choose("m", affinity) == chosen[affinity]
     counts = [list(chosen.values()).count(server) for server in servers]
     assert min(counts) > 30
-    fewer = Replicas(servers[:3])
-    moved = sum(fewer.choose(key) != server for key, server in chosen.items())
+    fewer = Replicas(servers[:3], ["m"])
+    moved = sum(fewer.choose("m", key) != server for key, server in chosen.items())
     assert moved == counts[3]
     busy = chosen[b"0"]
     replicas._in_flight[busy] = 10
-    assert replicas.choose(b"0") != busy
+    assert replicas.choose("m", b"0") != busy
 
 
 def test_the_examples_of_the_page_are_requests() -> None:

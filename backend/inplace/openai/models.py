@@ -1,6 +1,7 @@
 """The served models that the front end offers, from their folders in the model repository."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from inplace.openai.templates import ChatTemplate, TemplateError
 from inplace.openai.tokenizer import TextTokenizer
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import FILE_NAME, Manifest
+
+log = logging.getLogger("inplace.openai")
 
 VERSION = "1"
 """The folder of an engine in a model's folder."""
@@ -71,18 +74,26 @@ class SpeechModel:
 def load_models(repository: Path | str) -> dict[str, ServedModel | SpeechModel]:
     """The language and speech models of a repository that are served as streams, by name.
 
+    One that cannot be read is left out, with a warning.
+
     Raises:
-        LoadError: there is none, or one cannot be read.
+        LoadError: there is none.
     """
     repository = Path(repository)
-    folders = sorted(path.parent.parent for path in repository.glob(f"*/{VERSION}/{FILE_NAME}"))
-    models = [model for folder in folders if (model := _load(folder)) is not None]
+    models: dict[str, ServedModel | SpeechModel] = {}
+    for file in sorted(repository.glob(f"*/{VERSION}/{FILE_NAME}")):
+        try:
+            if (model := _load(file.parent.parent)) is not None:
+                models[model.name] = model
+        except LoadError as error:  # Triton does not serve it either, and serves the others
+            log.warning("%s is not offered: %s", file.parent.parent.name, error)
     if not models:
         raise LoadError(
-            f"{repository} has no language or speech model that is served as a stream and has a "
-            f"tokenizer; build one: `inplace build … --serve stream --output {repository}/<name>`"
+            f"{repository} has no language or speech model that can be read, is served as a stream "
+            f"and has a tokenizer; build one: `inplace build … --serve stream "
+            f"--output {repository}/<name>`"
         )
-    return {model.name: model for model in models}
+    return models
 
 
 def _load(path: Path) -> ServedModel | SpeechModel | None:

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 
 from tritonclient.grpc.aio import InferenceServerClient
@@ -32,6 +32,8 @@ class Replicas:
 
     Args:
         urls: ``host:port`` of each server's gRPC endpoint.
+        models: the names of the models that generations are for. A server is asked for each of
+            them: Triton's own readiness is of all its models, and one of others may be broken.
         connect: opens a connection; in plain text if None.
         retry: how often a request is sent again.
     """
@@ -39,23 +41,25 @@ class Replicas:
     def __init__(
         self,
         urls: Sequence[str],
+        models: Collection[str],
         connect: Callable[[str], InferenceServerClient] | None = None,
         retry: Retry | None = None,
     ) -> None:
         self.urls = tuple(urls)
         self._client = AsyncClient(urls, connect=connect, retry=retry or Retry(timeout=30.0))
         self._in_flight = dict.fromkeys(urls, 0)
-        self._ready: dict[str, bool] = dict.fromkeys(urls, False)
+        self._models = tuple(models)
+        self._ready: dict[str, frozenset[str]] = dict.fromkeys(urls, frozenset())
         self._poller: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> dict[str, bool]:
-        """Which servers were ready when they were asked last."""
-        return dict(self._ready)
+        """Which servers had a model that was ready when they were asked last."""
+        return {url: bool(models) for url, models in self._ready.items()}
 
-    def choose(self, affinity: bytes) -> str:
+    def choose(self, model: str, affinity: bytes) -> str:
         """The server for a generation."""
-        ready = [url for url in self.urls if self._ready[url]] or list(self.urls)
+        ready = [url for url in self.urls if model in self._ready[url]] or list(self.urls)
         most = MAX_LOAD_FACTOR * (sum(self._in_flight[url] for url in ready) + 1) / len(ready)
         ranked = sorted(
             ready, key=lambda url: hashlib.blake2b(affinity + url.encode()).digest(), reverse=True
@@ -70,7 +74,7 @@ class Replicas:
             model: the name of the model.
             affinity: sequences with the same bytes prefer the same server.
         """
-        url = self.choose(affinity)
+        url = self.choose(model, affinity)
         self._in_flight[url] += 1
         try:
             async with AsyncSequence(self._client, model, server=url) as sequence:
@@ -79,7 +83,7 @@ class Replicas:
             self._in_flight[url] -= 1
 
     async def start(self) -> None:
-        """Ask every server whether it is ready, now and from now on."""
+        """Ask every server which models are ready, now and from now on."""
         await self._poll()
         self._poller = asyncio.create_task(self._keep_polling())
 
@@ -96,15 +100,22 @@ class Replicas:
             await self._poll()
 
     async def _poll(self) -> None:
-        answers = await asyncio.gather(*map(self._is_ready, self.urls))
+        answers = await asyncio.gather(*map(self._ready_models, self.urls))
         for url, ready in zip(self.urls, answers, strict=True):
             if ready != self._ready[url]:
-                log.info("%s is %s", url, "ready" if ready else "not ready")
+                names = ", ".join(sorted(ready))
+                log.info("%s is %s", url, f"ready: {names}" if ready else "not ready")
             self._ready[url] = ready
 
-    async def _is_ready(self, url: str) -> bool:
+    async def _ready_models(self, url: str) -> frozenset[str]:
         try:
             connection = self._client.connection(url)
-            return bool(await connection.is_server_ready(client_timeout=POLL_TIMEOUT))
+            ready = [
+                await connection.is_model_ready(model, client_timeout=POLL_TIMEOUT)
+                for model in self._models
+            ]
         except InferenceServerException:
-            return False
+            return frozenset()
+        return frozenset(
+            model for model, is_ready in zip(self._models, ready, strict=True) if is_ready
+        )

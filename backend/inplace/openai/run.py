@@ -81,7 +81,7 @@ class Frontend:
         models = load_models(self.model_repository)
         connect = None if self.server_ca is None else self._connect
         app = create_app(
-            Replicas(self.servers, connect),
+            Replicas(self.servers, models, connect),
             models,
             limits=self.limits,
             keys=keys,

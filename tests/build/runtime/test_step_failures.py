@@ -95,7 +95,7 @@ def test_a_defect_of_the_driver_answers_its_rows_and_leaves_no_sequence_busy(
 ) -> None:
     sums.run([sum_request(1, 1.0, start=True), sum_request(2, 2.0, start=True)])
     with monkeypatch.context() as patched:
-        patched.setattr("inplace.runtime.instance.form_batch", lambda *_: 1 // 0)
+        patched.setattr("inplace.runtime.instance.form_batch", lambda *_, **__: 1 // 0)
         for answer in sums.run([sum_request(1, 1.0), sum_request(3, 1.0, start=True)]):
             assert_refused(
                 answer,

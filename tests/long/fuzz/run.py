@@ -145,7 +145,7 @@ def _alone(instance: ModelInstance, done: Accepted, pending: list[int]) -> Resul
         start, end = done.start and count == 0, done.end and count == int(most) - 1
         generated.append(_step(instance, start, end, inputs, parameters)["next_token"].item())
         inputs = {"input_ids": torch.tensor([generated[-1:]])}
-    return {"tokens": np.array([generated])}
+    return {"tokens": np.array([generated]), "reused_tokens": np.array([[0]])}
 
 
 def _step(

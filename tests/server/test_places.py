@@ -186,7 +186,7 @@ def test_after_a_storm_a_new_client_is_served_at_once_and_the_server_ends(storm:
         assert add(client, "unary", "idle", 1.0, start=True) == (1.0, 1)
     talk = GrpcStream(storm.server.grpc_url, "teller")
     assert talk.request("idle", PROMPT, 5, start=True).reason == "length"
-    talk.send("running", PROMPT, 3000, start=True)
+    talk.send("running", PROMPT, 1000, start=True)
     talk.collect(1)
     kill(process.pid, signal.SIGTERM)
     assert talk.collect().reason == "length"

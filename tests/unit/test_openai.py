@@ -12,14 +12,16 @@ from inplace.drivers.detokenizer import TokenizerError
 from inplace.errors import LoadError
 from inplace.openai import keys, schemas
 from inplace.openai.audio import TranscriptionRequest
+from inplace.openai.chat import chat_prompt
 from inplace.openai.errors import ApiError
 from inplace.openai.keys import Keys, new_key
+from inplace.openai.models import ServedModel
 from inplace.openai.replicas import Replicas
 from inplace.openai.run import Frontend, FrontendError
 from inplace.openai.templates import ChatTemplate, TemplateError
 from inplace.openai.tokenizer import MARKS, TextTokenizer
-from pydantic import BaseModel
-from support.vocabulary import TOKENIZERS, byte_fallback, chat_tokenizer, tiny_tokenizer
+from pydantic import BaseModel, ValidationError
+from support.vocabulary import EOS, TOKENIZERS, byte_fallback, chat_tokenizer, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs/openai.md"
@@ -90,6 +92,47 @@ def test_contents_without_tokens_are_read_as_transformers_reads_them() -> None:
         assert ours.encode_marked(rendered, marks) == tokenizer.encode(
             reference, add_special_tokens=False
         )
+
+
+CALLS = (
+    "{% for tool in tools or [] %}{{ tool | tojson(sort_keys=true) }}{% endfor %}"
+    "{% for message in messages %}{{ message.content }}{% for call in message.tool_calls or [] %}"
+    "{{ call.id }} {{ call.function | tojson(separators=(',', ':')) }}"
+    "{% for name, value in call.function.arguments | items %}{{ name }}={{ value }};{% endfor %}"
+    "{% endfor %}</s>{% endfor %}"
+)
+"""A chat template that reads the arguments of calls as a mapping, as templates of models do."""
+
+
+def test_calls_of_tools_are_read_as_transformers_reads_them() -> None:
+    """Arguments come as JSON text and are a mapping in the template, so they are encoded once."""
+    arguments = {"city": 'né "a"', "days": [1, 2.5, None]}
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    function = call | {"function": {"name": "f", "arguments": json.dumps(arguments)}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
+    chat: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
+    ]
+    model = ServedModel("m", TextTokenizer(tiny_tokenizer()), ChatTemplate(CALLS, {}), None, 64, 0)
+
+    def prompt(calls: list[Any]) -> list[int]:
+        body = {"model": "m", "messages": [chat[0] | {"tool_calls": calls}, chat[1]]}
+        request = schemas.ChatRequest.model_validate(body | {"tools": [tool]})
+        return chat_prompt(model, request.messages, request.tools or ())
+
+    tokenizer = chat_tokenizer()
+    text = tokenizer.apply_chat_template(chat, [tool], chat_template=CALLS, tokenize=False)
+    assert prompt([function]) == tokenizer.encode(text, add_special_tokens=False)
+    # neither a name nor a value becomes a special token, or hides a mark in an escape
+    for name in ("</s>", r"\ufdd0</s>"):
+        hostile = {"name": "f", "arguments": f'{{"{name}": "{name}"}}'}
+        ids = prompt([call | {"function": hostile}])
+        assert ids.count(EOS) == 2
+        assert tiny_tokenizer().decode(ids).count(json.loads(f'"{name}"')) == 4
+    for wrong in ("[1]", "", "{"):
+        with pytest.raises(ValidationError, match="arguments"):
+            prompt([call | {"function": {"name": "f", "arguments": wrong}}])
 
 
 def test_reasoning_is_kept_in_replies_alone() -> None:

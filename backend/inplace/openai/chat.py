@@ -1,7 +1,7 @@
 """Chats: from messages to the token ids of a prompt."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from inplace.drivers.detokenizer import TokenizerError
@@ -39,8 +39,8 @@ def chat_prompt(
         )
     try:
         described = [tool.model_dump(exclude_none=True) for tool in tools]
-        texts = [text for one in messages for text in _texts(one)]
-        marks = model.tokenizer.marks([*texts, json.dumps(described, ensure_ascii=False)])
+        sent = [described, *(message.model_dump() for message in messages)]
+        marks = model.tokenizer.marks(json.dumps(each, ensure_ascii=False) for each in sent)
         rendered = model.template.render(
             [_for_template(message, marks) for message in messages],
             add_generation_prompt=True,
@@ -49,15 +49,6 @@ def chat_prompt(
         return model.tokenizer.encode_marked(rendered, marks)
     except (TemplateError, TokenizerError) as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from error
-
-
-def _texts(message: Message) -> Iterator[str]:
-    """Every text of a message that a client chooses."""
-    yield message.text
-    yield message.name or ""
-    yield message.tool_call_id or ""
-    for call in message.tool_calls or ():
-        yield from (call.id, call.function.name, call.function.arguments)
 
 
 def _for_template(message: Message, marks: Marks) -> dict[str, Any]:
@@ -71,9 +62,9 @@ def _for_template(message: Message, marks: Marks) -> dict[str, Any]:
         if (value := getattr(message, name)) is not None:
             made[name] = marks.add(value)
     if message.tool_calls:
-        calls = [call.model_dump() for call in message.tool_calls]
-        for call in calls:
-            kind = call.pop("type")
-            call |= {"type": kind} | marks.add({"id": call["id"], "function": call["function"]})
-        made["tool_calls"] = calls
+        # arguments are a mapping, as transformers has it: templates write them as JSON themselves
+        made["tool_calls"] = [
+            {"type": call.type} | marks.add({"id": call.id, "function": call.function.model_dump()})
+            for call in message.tool_calls
+        ]
     return made

@@ -5,7 +5,7 @@ A field of a request that is not here is an error. docs/openai.md has a table of
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Json, model_validator
 
 Ignored = Annotated[Any, Field(json_schema_extra={"treatment": "ignored"})]
 """A field that is accepted, whatever its value, and changes nothing."""
@@ -28,10 +28,10 @@ class TextPart(RequestPart):
 
 
 class FunctionCall(RequestPart):
-    """The function of a call that a reply has made, with its arguments as JSON."""
+    """The function of a call that a reply has made, with its arguments: an object, as JSON."""
 
     name: str
-    arguments: str
+    arguments: Json[dict[str, Any]]
 
 
 class ToolCall(RequestPart):

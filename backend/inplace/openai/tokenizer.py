@@ -80,14 +80,10 @@ class TextTokenizer:
 
     Args:
         tokenizer: as it was loaded.
-
-    Attributes:
-        vocabulary: number of tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.vocabulary: int = tokenizer.get_vocab_size()
         self._first = first_tokens(tokenizer)
         added: dict[int, AddedToken] = tokenizer.get_added_tokens_decoder()
         # runs of spaces are added tokens of some tokenizers and stand for nothing else
@@ -124,7 +120,7 @@ class TextTokenizer:
         Raises:
             TokenizerError: they have every character that could be one.
         """
-        used = set().union(*map(set, contents)) if contents else set()
+        used = set[str]().union(*contents)
         free = [mark for mark in MARKS if mark not in used]
         if not free:
             raise TokenizerError(

@@ -392,7 +392,11 @@ class ModelInstance:
 
     @staticmethod
     def _forget_if_asked(request: Request, sequence: SequenceState) -> None:
-        if request.end and FORGET in request.parameters and request.flag(FORGET):
+        try:
+            forgets = request.end and request.flag(FORGET)
+        except RequestError:  # it is refused, and its END takes effect; then nothing is kept
+            forgets = True
+        if forgets:
             sequence.salt = None
 
     def _used_length(self, sequence: SequenceState) -> int | None:

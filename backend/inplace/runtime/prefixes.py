@@ -95,9 +95,8 @@ class PrefixCache:
         if key_digest is None and not self._options.without_key:
             return None
         identity = b"none" if key_digest is None else b"key " + key_digest
-        message = (
-            len(identity).to_bytes(1, "big") + identity + cache_salt.encode("utf-8", "replace")
-        )
+        own = cache_salt.encode(errors="surrogatepass")
+        message = len(identity).to_bytes(1, "big") + identity + own
         return hmac.digest(self._secret, message, "sha256")
 
     def keep(self, sequence: SequenceState, reason: EndReason) -> list[int]:

@@ -177,6 +177,7 @@ def test_the_answer_says_how_many_tokens_were_reused(client: Reusing) -> None:
         (ALICE | {"cache_salt": "s"}, ALICE, False, False),
         (ALICE | {"cache_salt": "s"}, BOB | {"cache_salt": "s"}, False, False),
         (ALICE, {"cache_salt": "alice"}, True, False),
+        (ALICE | {"cache_salt": "\ud800"}, ALICE | {"cache_salt": "?"}, False, False),
         (ALICE | {"forget": True}, ALICE, False, False),
         (ALICE | {"forget": False}, ALICE, False, True),
     ],
@@ -311,3 +312,13 @@ def test_an_end_without_tokens_forgets_too(client: Reusing) -> None:
     client.run("one", LONG, end=False, **ALICE)
     client.end("one", forget=True, **ALICE).wait()
     assert client.kept() == 0
+
+
+@pytest.mark.parametrize("tokens", [[], [4]])
+def test_an_end_whose_forget_cannot_be_read_frees_its_slot_and_keeps_nothing(
+    client: Reusing, tokens: list[int]
+) -> None:
+    client.run("one", LONG, end=False, **ALICE)
+    channel = client.step("one", tokens, end=True, forget="maybe", **ALICE).wait()
+    channel.assert_refused(Code.BAD_PARAMETER, "expected true or false")
+    assert (client.kept(), client.num_free_slots()) == (0, SLOTS)

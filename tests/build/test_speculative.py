@@ -187,6 +187,24 @@ def test_a_sequence_continues_after_its_generation_with_tokens_and_another_gener
     assert second == greedy(built.model, [*history, step], 12)
 
 
+def test_a_copy_has_the_tokens_of_its_sequence_and_the_states_of_both_programs(
+    client: StreamClient, built: Built
+) -> None:
+    key: dict[str, Any] = {"sequence_key": "mine"}
+    ids = PROMPTS["c"]
+    history = [*ids, *client.generate("a", ids, 7, **key).wait().tokens]
+    counts, before = list[tuple[float, float]](), drafted(client)
+    for name, tokens in (("other", [4, 9]), ("copy", []), ("a", [])):
+        start: dict[str, Any] = {"start": False} if name == "a" else {"from": "a"}
+        answer = client.generate(name, tokens, 25, **key, **start).wait()
+        assert answer.tokens == greedy(built.model, [*history, *tokens], 25)
+        after = drafted(client)
+        counts.append((after[0] - before[0], after[1] - before[1]))
+        before = after
+    assert counts[1] == counts[2]
+    assert counts[2][0] > 0, counts
+
+
 def test_an_end_token_among_accepted_ones_ends_the_generation_there(own: Built) -> None:
     expected = greedy(own.model, PROMPTS["c"], 40)
     for end in {late_token(expected), expected[5]}:

@@ -1,6 +1,7 @@
 """Log-probabilities of the tokens that requests feed, beside those of transformers."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from inplace.errors import Code, RequestError
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.prompt import PROMPT_OUTPUTS
 from inplace.runtime.requests import Request
+from inplace.schema.prefixes import PrefixOptions
 from support.driving import RecordingEngine
 from support.models import VOCABULARY
 from support.served import CHUNK, MODEL
@@ -182,6 +184,34 @@ def test_generations_bring_them_with_their_first_token(
         assert again.tokens == client.generate(1, more, 2, start=False).wait().tokens
     finally:
         driver.close()
+
+
+def test_a_prompt_whose_log_probabilities_are_asked_for_reuses_no_prefix_and_leaves_one(
+    instance: ModelInstance, llama: LlamaForCausalLM
+) -> None:
+    instance.reuse_prefixes(PrefixOptions())
+    driver = StepDriver(instance)
+    [given] = prompts(CHUNK + 5)
+    try:
+        for sequence, ids, asked in ((1, given, {}), (2, given, {"prompt_logprobs": TOP})):
+            values: dict[str, Any] = {"sequence_key": "mine", **asked}
+            [outputs] = run(driver, replace(request(sequence, ids, **values), end=True))
+        check(llama, outputs, [], given, 1)
+        assert _reused(instance) == 0
+        longer = [*given, 3]
+        [outputs] = run(driver, request(3, longer, sequence_key="mine"))
+        assert outputs["next_token"].tolist() == [[_next_token(llama, longer)]]
+        assert _reused(instance) == len(given)
+        [outputs] = run(
+            driver, request(3, [7, 1], start=False, sequence_key="mine", prompt_logprobs=TOP)
+        )
+        check(llama, outputs, longer, [7, 1], 1)
+    finally:
+        driver.close()
+
+
+def _reused(instance: ModelInstance) -> float:
+    return instance.observer.metrics.snapshot()["inplace_prefix_tokens_total", ""]
 
 
 @pytest.mark.parametrize("failing", [0, 1])

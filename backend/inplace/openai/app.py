@@ -18,7 +18,7 @@ from inplace.client.recordings import Samples
 from inplace.drivers.detokenizer import TokenizerError
 from inplace.openai.audio import TranscriptionRequest, decode, read_form, words
 from inplace.openai.chat import chat_prompt
-from inplace.openai.errors import ApiError
+from inplace.openai.errors import ApiError, invalid_value
 from inplace.openai.gate import Gate, error_response
 from inplace.openai.generations import Generation, Generations, Part, check_value, generations_of
 from inplace.openai.keys import Keys
@@ -177,12 +177,7 @@ class FrontEnd:
         form, content = await read_form(request, self._limits.audio_bytes)
         model = self._any_model(form.model)
         if not isinstance(model, SpeechModel):
-            raise ApiError(
-                400,
-                f"{form.model!r} is no speech model",
-                param="model",
-                code="invalid_value",
-            )
+            raise invalid_value(f"{form.model!r} is no speech model", "model")
         rate = model.format.rate
         samples = await asyncio.to_thread(decode, content, rate, self._limits.audio_seconds)
         pieces = self._words(request, model, samples, form)
@@ -286,11 +281,8 @@ class FrontEnd:
     def _model(self, name: str) -> ServedModel:
         model = self._any_model(name)
         if isinstance(model, SpeechModel):
-            raise ApiError(
-                400,
-                f"{name!r} is a speech model: send a recording to /v1/audio/transcriptions",
-                param="model",
-                code="invalid_value",
+            raise invalid_value(
+                f"{name!r} is a speech model: send a recording to /v1/audio/transcriptions", "model"
             )
         return model
 
@@ -407,7 +399,7 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     if prompt and isinstance(prompt[0], int):
         return [[token for token in prompt if isinstance(token, int)]]
     if not prompt:
-        raise ApiError(400, "the prompt is empty", param="prompt", code="invalid_value")
+        raise invalid_value("the prompt is empty", "prompt")
     return [each for each in prompt if not isinstance(each, int)]
 
 
@@ -423,14 +415,12 @@ def _token_ids(
             try:
                 ids = model.tokenizer.encode(ids, add_special_tokens=special)
             except TokenizerError as error:
-                raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
+                raise invalid_value(str(error), "prompt") from error
         if not ids:
-            raise ApiError(400, "a prompt has no tokens", param="prompt", code="invalid_value")
+            raise invalid_value("a prompt has no tokens", "prompt")
         # the other ids that are no tokens are refused by the server, which knows the vocabulary
         if not all(0 <= token < 1 << 63 for token in ids):
-            raise ApiError(
-                400, "a token id is negative or too large", param="prompt", code="invalid_value"
-            )
+            raise invalid_value("a token id is negative or too large", "prompt")
         made.append(ids)
     return made
 
@@ -439,6 +429,4 @@ def _decode(model: ServedModel, ids: list[int]) -> str:
     try:
         return model.tokenizer.decode(ids)
     except (TokenizerError, OverflowError) as error:
-        raise ApiError(
-            400, f"the prompt has no text: {error}", param="prompt", code="invalid_value"
-        ) from error
+        raise invalid_value(f"the prompt has no text: {error}", "prompt") from error

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from inplace.client import AsyncSequence, ClientError
 from inplace.client.recordings import AudioFormat, Samples, cut
 from inplace.client.requests import decode_text
-from inplace.openai.errors import ApiError, of_client, of_validation
+from inplace.openai.errors import ApiError, invalid_value, of_client, of_validation
 from inplace.openai.limits import read_bytes
 from inplace.openai.schemas import Ignored, Refused
 from inplace.protocol import AUDIO, SAMPLE_RATE, TEXT_OUTPUT
@@ -48,22 +48,10 @@ async def read_form(request: Request, most_bytes: int) -> tuple[TranscriptionReq
     Raises:
         ApiError: the body is no such form, or too long.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        raise ApiError(
-            415,
-            f"the header Content-Type is {kind!r}; expected 'multipart/form-data'",
-            code="unsupported_media_type",
-        )
-    content = await read_bytes(request, most_bytes)
+    content = await read_bytes(request, "multipart/form-data", most_bytes)
     fields, files = await _parse(request.headers, content)
     if files.keys() != {"file"}:
-        raise ApiError(
-            400,
-            f"the form has the files {sorted(files)}; expected one, 'file'",
-            param="file",
-            code="invalid_value",
-        )
+        raise invalid_value(f"the form has the files {sorted(files)}; expected one, 'file'", "file")
     try:
         return TranscriptionRequest.model_validate(fields), files["file"]
     except ValidationError as error:
@@ -80,16 +68,14 @@ async def _parse(headers: Headers, content: bytes) -> tuple[dict[str, str], dict
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError) as error:
-        raise ApiError(400, f"the body is no form: {error}", code="invalid_value") from error
+        raise invalid_value(f"the body is no form: {error}") from error
     fields: dict[str, str] = {}
     files: dict[str, bytes] = {}
     for name, value in form.multi_items():
         name = name.removesuffix("[]")
         if name in fields or name in files:
             await form.close()
-            raise ApiError(
-                400, f"the field {name!r} is there twice", param=name, code="invalid_value"
-            )
+            raise invalid_value(f"the field {name!r} is there twice", name)
         if isinstance(value, UploadFile):
             files[name] = await value.read()
         else:
@@ -132,7 +118,7 @@ def decode(content: bytes, rate: int, most_seconds: float) -> Samples:
 
 
 def _wrong(text: str) -> ApiError:
-    return ApiError(400, text, param="file", code="invalid_value")
+    return invalid_value(text, "file")
 
 
 async def words(

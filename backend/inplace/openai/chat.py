@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from inplace.drivers.detokenizer import TokenizerError
-from inplace.openai.errors import ApiError
+from inplace.openai.errors import ApiError, invalid_value
 from inplace.openai.models import ServedModel
 from inplace.openai.schemas import Message, Tool
 from inplace.openai.templates import TemplateError
@@ -48,7 +48,7 @@ def chat_prompt(
         )
         return model.tokenizer.encode_marked(rendered, marks)
     except (TemplateError, TokenizerError) as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+        raise invalid_value(str(error), "messages") from error
 
 
 def _for_template(message: Message, marks: Marks) -> dict[str, Any]:

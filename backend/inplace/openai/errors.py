@@ -5,13 +5,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from inplace.client.errors import ClientError, UnreachableError
-from inplace.errors import Code, InplaceError, RequestError
+from inplace.errors import Code, InplaceError
 
 RETRY_AFTER = 1
 """Seconds that a client is asked to wait where a server is full, in the header ``Retry-After``."""
 
 _FULL = (Code.NO_FREE_SLOT, Code.QUEUE_FULL)
-
 
 _TYPES = {
     400: "invalid_request_error",
@@ -94,28 +93,20 @@ def of_client(error: ClientError) -> ApiError:
     return ApiError(400, error.reason, code=str(error.code).lower())
 
 
-def of_parameter(error: RequestError, field: str) -> ApiError:
-    """The answer to a request whose field has a value that is not allowed."""
-    return ApiError(400, str(error), param=field, code="invalid_value")
+def invalid_value(message: str, param: str | None = None) -> ApiError:
+    """The answer to a request with a value that is not allowed."""
+    return ApiError(400, message, param=param, code="invalid_value")
 
 
 def of_validation(error: ValidationError) -> ApiError:
     """The answer to a body that is not a request."""
     first = error.errors(include_url=False, include_context=False)[0]
     path = ".".join(str(part) for part in first["loc"]) or None
+    where, code = "the body" if path is None else f"the field {path!r}", "invalid_value"
+    message = f"{where}: {first['msg']}"
     if first["type"] == "extra_forbidden":
-        return ApiError(
-            400,
-            f"the field {path!r} is not one that this server knows; docs/openai.md lists those",
-            param=path,
-            code="unknown_parameter",
-        )
-    if first["type"] == "none_required":
-        return ApiError(
-            400,
-            f"the field {path!r} is not supported here: leave it out",
-            param=path,
-            code="unsupported_parameter",
-        )
-    where = "the body" if path is None else f"the field {path!r}"
-    return ApiError(400, f"{where}: {first['msg']}", param=path, code="invalid_value")
+        code = "unknown_parameter"
+        message = f"{where} is not one that this server knows; docs/openai.md lists those"
+    elif first["type"] == "none_required":
+        code, message = "unsupported_parameter", f"{where} is not supported here: leave it out"
+    return ApiError(400, message, param=path, code=code)

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 
 from inplace.client import ClientError, GenerationOptions, Piece, PromptLogprob
 from inplace.errors import RequestError
-from inplace.openai.errors import ApiError, of_client, of_parameter
+from inplace.openai.errors import ApiError, invalid_value, of_client
 from inplace.openai.models import ServedModel
 from inplace.openai.replicas import Replicas
 from inplace.openai.schemas import SamplingRequest
@@ -126,7 +126,7 @@ def check_value(name: str, value: Any, field: str | None = None) -> None:
     try:
         BY_NAME[name].parse(value)
     except RequestError as error:
-        raise of_parameter(error, field or name) from None
+        raise invalid_value(str(error), field or name) from None
 
 
 def _options(

@@ -6,7 +6,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from inplace.openai.errors import ApiError, of_validation
+from inplace.openai.errors import ApiError, invalid_value, of_validation
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -40,26 +40,26 @@ async def read_body(request: Request, model: type[Body], limits: Limits) -> Body
     Raises:
         ApiError: it is no JSON of this kind, or too long.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(
-            415,
-            f"the header Content-Type is {kind!r}; expected 'application/json'",
-            code="unsupported_media_type",
-        )
-    content = await read_bytes(request, limits.body_bytes)
+    content = await read_bytes(request, "application/json", limits.body_bytes)
     try:
         return model.model_validate_json(content)
     except ValidationError as error:
         raise of_validation(error) from None
 
 
-async def read_bytes(request: Request, most: int) -> bytes:
+async def read_bytes(request: Request, media_type: str, most: int) -> bytes:
     """The body of a request.
 
     Raises:
-        ApiError: it has more than ``most`` bytes, or is compressed.
+        ApiError: it is of another media type, has more than ``most`` bytes, or is compressed.
     """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != media_type:
+        raise ApiError(
+            415,
+            f"the header Content-Type is {kind!r}; expected {media_type!r}",
+            code="unsupported_media_type",
+        )
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise ApiError(
@@ -89,17 +89,12 @@ def check_counts(limits: Limits, *, choices: int, prompts: int) -> None:
     """
     for param, value, most in (("n", choices, limits.choices), ("prompt", prompts, limits.prompts)):
         if value > most:
-            raise ApiError(
-                400,
-                f"the field {param!r} asks for {value}; at most {most} are allowed",
-                param=param,
-                code="invalid_value",
+            raise invalid_value(
+                f"the field {param!r} asks for {value}; at most {most} are allowed", param
             )
     if choices * prompts > limits.generations:
-        raise ApiError(
-            400,
+        raise invalid_value(
             f"{prompts} prompts with n={choices} are {choices * prompts} generations; at most "
             f"{limits.generations} are allowed",
-            param="n",
-            code="invalid_value",
+            "n",
         )

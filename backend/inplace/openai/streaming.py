@@ -35,13 +35,10 @@ class EventStream(Response):
     Args:
         events: an event at a time; closed in any case.
         first: the event that was waited for before the status was sent.
-        headers: beside those of every stream.
     """
 
-    def __init__(
-        self, events: AsyncIterator[bytes], first: bytes, headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(headers=HEADERS | (headers or {}))
+    def __init__(self, events: AsyncIterator[bytes], first: bytes) -> None:
+        super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._events, self._first = events, first
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inplace.openai.errors import ApiError
+from inplace.openai.errors import ApiError, invalid_value
 from inplace.openai.generations import check_value
 from inplace.openai.schemas import ChatRequest, ResponseFormat, Tool, ToolChoice
 
@@ -117,4 +117,4 @@ def _any_of(tools: Sequence[Tool]) -> dict[str, Any]:
 
 
 def _wrong(text: str) -> ApiError:
-    return ApiError(400, text, param="tool_choice", code="invalid_value")
+    return invalid_value(text, "tool_choice")

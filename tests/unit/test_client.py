@@ -400,6 +400,39 @@ def test_a_copy_is_tried_again_where_its_source_is_busy_or_no_slot_is_free() -> 
         assert request.parameters["from"] == "first"
 
 
+def test_a_replay_has_the_cache_salt_of_the_sequence_or_of_the_one_it_copied() -> None:
+    first = SequenceTracker("first", "key", replay=True)
+    with pytest.raises(RefusedError, match="expected a text"):
+        first.infer_requests(SequenceRequest({}, parameters={"cache_salt": ""}), MODEL)
+    [request] = first.infer_requests(SequenceRequest({}), MODEL)
+    assert "cache_salt" not in request.parameters
+    step = SequenceRequest({"input_ids": np.array([1])}, parameters={"cache_salt": "user"})
+    for _ in range(2):  # it is tried again
+        [request] = first.infer_requests(step, MODEL)
+        assert request.parameters["cache_salt"] == "user"
+    first.answered(step, MODEL)
+    copy = first.fork("copy")
+    [request] = copy.infer_requests(SequenceRequest({"input_ids": np.array([2])}), MODEL)
+    assert "cache_salt" not in request.parameters
+    [later] = sent(first, [3])
+    assert "cache_salt" not in later.parameters
+    first.replay_next()
+    for tracker, tokens in ((first, [1, 3, 4]), (copy, [1, 4])):
+        [replay] = sent(tracker, [4])
+        assert (replay.start, replay.inputs["input_ids"].tolist()) == (True, tokens)
+        assert replay.parameters["cache_salt"] == "user"
+    first.reset()
+    [fresh] = sent(first, [1])
+    assert "cache_salt" not in fresh.parameters
+
+
+def test_a_text_that_a_replay_sends_first_has_the_cache_salt() -> None:
+    tracker = SequenceTracker("first", "key", replay=True)
+    text = SequenceRequest({"text": np.array([b"a"])}, parameters={"cache_salt": 7})
+    requests = tracker.infer_requests(text, MODEL, ["b"])
+    assert [request.parameters.get("cache_salt") for request in requests] == [7, None]
+
+
 @pytest.mark.parametrize(("key", "id"), [("", None), (None, "first")])
 def test_a_sequence_without_a_key_or_another_id_has_no_copies(
     key: str | None, id: str | None

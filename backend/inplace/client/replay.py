@@ -42,6 +42,7 @@ from inplace.parameters import GRAMMAR_PARAMETERS
 from inplace.protocol import (
     AUDIO,
     AUDIO_INT16,
+    CACHE_SALT,
     FINISH_REASON,
     FROM,
     GROUP,
@@ -118,6 +119,7 @@ class SequenceTracker:
         self._unanswered = False  # the last step had no answer
         self._num_changes += 1
         self._source: tuple[SequenceTracker, int] | None = None
+        self._cache_salt: ParameterArgument | None = None  # of the START, also of a replay's
         self._history: list[Segment] | None = [] if self._replay else None
 
     def fork(self, sequence_id: int | str | None) -> "SequenceTracker":
@@ -137,6 +139,7 @@ class SequenceTracker:
         if copied.sequence_id == self.sequence_id:
             raise ValueError(f"a copy of sequence {self.sequence_id!r} needs an id of its own")
         copied.key, copied.length, copied._route = self.key, self.length, self._route
+        copied._cache_salt = self._cache_salt
         copied._history = None if self._history is None else self._extended_history()
         copied._source = (self, self._num_changes) if self.live else None
         return copied
@@ -187,6 +190,10 @@ class SequenceTracker:
         if self._source is not None and self._history is None:
             raise self._source_lost()
         self._source = None
+        parameters = dict(request.parameters)
+        begun = self._cache_salt if self._history else None
+        self._cache_salt = parameters.pop(CACHE_SALT, begun)
+        request = replace(request, parameters=parameters)
         requests: list[InferRequest] = []
         position: int | None = 0
         for part in _with_history(self._extended_history(prefix), request):
@@ -350,6 +357,8 @@ class SequenceTracker:
             own[POSITION] = position
         if self._group and MAX_TOKENS in request.parameters:
             own[GROUP] = self._group
+        if start and self._cache_salt is not None and FROM not in request.parameters:
+            own |= encode_parameters({CACHE_SALT: self._cache_salt})
         made = InferRequest(
             sequence_id=self.sequence_id,
             start=start,

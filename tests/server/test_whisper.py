@@ -17,6 +17,7 @@ from inplace_builder import BuildOptions, build_model
 from inplace_builder.__main__ import app
 from inplace_builder.tools.tritonserver import TritonServer
 from support.engines import Engines
+from support.faults import eventually
 from support.fronts import running
 from support.pool import Deployment, ServerPool
 from support.whisper import (
@@ -148,6 +149,7 @@ def test_the_openai_front_end_transcribes(
         assert events[-1].text == text
         plain = create(**options, file=recording(samples), response_format="text")
         assert plain == text
+        request_ids = {}
         for file, more, message in (
             (recording(samples, 44100), {}, "resample it"),
             (recording(audio(0, 3 * SECONDS)), {}, "longer than 2 s"),
@@ -157,8 +159,9 @@ def test_the_openai_front_end_transcribes(
             (recording(samples), {"prompt": "names"}, "not supported"),
             (recording(samples), {"extra_body": {"speed": 2}}, "not one that this server knows"),
         ):
-            with pytest.raises(openai.BadRequestError, match=message):
+            with pytest.raises(openai.BadRequestError, match=message) as refused:
                 create(**(options | more), file=file)
+            request_ids[message] = refused.value.response.headers["x-request-id"]
         with pytest.raises(openai.BadRequestError, match="/v1/audio/transcriptions"):
             client.completions.create(model=MODEL, prompt="a")
         with pytest.raises(openai.APIStatusError, match="more than 1048576 bytes") as caught:
@@ -169,3 +172,7 @@ def test_the_openai_front_end_transcribes(
             "/v1/audio/transcriptions", b"--", Content_Type="multipart/form-data; boundary=x"
         )
         assert broken[0] == 400
+    log = server.log
+    assert log is not None
+    known = f"request={request_ids['xx']}-0"  # the backend has refused the first part
+    eventually(lambda: known in log.read_text(errors="replace"), known)

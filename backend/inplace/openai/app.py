@@ -196,10 +196,12 @@ class FrontEnd:
     async def _words(
         self, request: Request, model: SpeechModel, samples: Samples, form: TranscriptionRequest
     ) -> AsyncGenerator[str, None]:
-        options = {} if form.language is None else {"language": form.language}
-        affinity = str(request.state.request_id).encode()
-        async with self._replicas.sequence(model.name, affinity) as sequence:
-            async for piece in words(sequence, samples, model.format, options):
+        options = {"group": _group(request)}
+        if form.language is not None:
+            options["language"] = form.language
+        request_id: str = request.state.request_id
+        async with self._replicas.sequence(model.name, request_id.encode()) as sequence:
+            async for piece in words(sequence, samples, model.format, options, request_id):
                 yield piece
 
     async def _answer(

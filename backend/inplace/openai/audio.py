@@ -122,7 +122,11 @@ def _wrong(text: str) -> ApiError:
 
 
 async def words(
-    sequence: AsyncSequence, samples: Samples, format: AudioFormat, options: Mapping[str, str]
+    sequence: AsyncSequence,
+    samples: Samples,
+    format: AudioFormat,
+    options: Mapping[str, str],
+    request_id: str,
 ) -> AsyncIterator[str]:
     """The text of a recording, piece by piece.
 
@@ -131,6 +135,7 @@ async def words(
         samples: of the recording.
         format: what the model takes.
         options: further request parameters, such as ``language``.
+        request_id: for logs and errors; the number of a part is added to it.
 
     Raises:
         ApiError: the server refused, or did not answer.
@@ -140,7 +145,12 @@ async def words(
     try:
         for place, part in enumerate(parts):
             end = place == len(parts) - 1
-            async for outputs in sequence.stream({AUDIO: part}, end=end, parameters=parameters):
+            async for outputs in sequence.stream(
+                {AUDIO: part},
+                end=end,
+                parameters=parameters,
+                request_id=f"{request_id}-{place}",
+            ):
                 if piece := decode_text(outputs, TEXT_OUTPUT):
                     yield piece
     except ClientError as error:

@@ -26,9 +26,8 @@ MAX_LOAD_FACTOR = 1.25
 class Replicas:
     """Servers that serve the same models. For one event loop.
 
-    Generations with the same affinity go to the same server, so that it may have the states of
-    their common prefix, unless it has far more to do than the others: consistent hashing with
-    bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018).
+    Generations with the same affinity go to the same server, unless it has far more to do than the
+    others: consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018).
 
     Args:
         urls: ``host:port`` of each server's gRPC endpoint.

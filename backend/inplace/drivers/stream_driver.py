@@ -536,7 +536,7 @@ class EngineLoop:
             try:
                 text, reason = generation.append(tokens[row])
             except TokenizerError as error:
-                self._fail_generation(request, error)
+                self._fail_generation(request, backend_failure(error), EndReason.ENGINE_FAILED)
                 return None
             self._responses.add_token(request, generation, text)
             if request.matcher is not None:  # its next mask is not known: nothing is drafted
@@ -577,7 +577,7 @@ class EngineLoop:
             assert active.adjustments is not None
             assert generation is not None
             if following.error is not None:
-                self._fail_matching(request, following.error)
+                self._fail_generation(request, following.error, EndReason.GRAMMAR)
             elif following.mask is None:
                 self._finish_generation(request, generation, FinishReason.STOP)
             elif reason is not None:
@@ -587,14 +587,7 @@ class EngineLoop:
             elif following.may_end:
                 self._finish_generation(request, generation, FinishReason.STOP)
             else:
-                self._fail_matching(request, no_token_left())
-
-    def _fail_matching(self, request: StreamRequest, error: RequestError) -> None:
-        """Answer a generation whose grammar cannot be followed, and end its sequence."""
-        assert request.active is not None
-        request.active.dropped = True
-        self._instance.table.end(request.active.sequence, EndReason.ENGINE_FAILED)
-        self._finish_step(request, error)
+                self._fail_generation(request, no_token_left(), EndReason.GRAMMAR)
 
     # Schedules
 
@@ -678,12 +671,14 @@ class EngineLoop:
         self._responses.add_finish(request, generation, reason)
         self._remove(request)
 
-    def _fail_generation(self, request: StreamRequest, error: Exception) -> None:
+    def _fail_generation(
+        self, request: StreamRequest, error: RequestError, reason: EndReason
+    ) -> None:
         """Answer a generation with an error and end its sequence; the others of the step go on."""
         assert request.active is not None
         request.active.dropped = True
-        self._instance.table.end(request.active.sequence, EndReason.ENGINE_FAILED)
-        self._finish_step(request, backend_failure(error))
+        self._instance.table.end(request.active.sequence, reason)
+        self._finish_step(request, error)
 
     # Shutdown. These run on the loop's thread.
 

@@ -38,6 +38,8 @@ class EndReason(StrEnum):
     CAPACITY = "capacity"
     """A request of several calls found no room in the middle, and could not be taken back."""
     CANCELLED = "cancelled"
+    GRAMMAR = "grammar"
+    """Its grammar could not be followed any further, or left no token that may be chosen."""
     SHUTDOWN = "shutdown"
     """The server was stopping, or the model was unloaded while a request was running."""
 

@@ -16,6 +16,7 @@ from support.vocabulary import tiny_tokenizer
 EOS = 2
 CONFIG = TokenizerConfig(tiny_tokenizer(), frozenset({EOS}))
 PROMPT, MOST = [5, 6], 58
+REASONS = ("grammar", "engine_failed")
 
 
 def generate(client: StreamClient, name: str, most: int = MOST, **given: Any) -> RecordingChannel:
@@ -51,6 +52,10 @@ def test_a_generation_that_has_no_token_left_is_an_error(streams: OpenStreams) -
     refused = generate(client, "a", regex="a|b", banned_token_ids=banned)
     refused.assert_refused(Code.BAD_PARAMETER, "no token is left that may be chosen")
     assert client.num_free_slots() == free
+    ended = {
+        reason: client.metrics()["inplace_sequences_ended_total", reason] for reason in REASONS
+    }
+    assert ended == {"grammar": 1, "engine_failed": 0}
 
 
 def test_random_schemas_end_and_are_valid(streams: OpenStreams) -> None:

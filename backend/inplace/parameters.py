@@ -300,9 +300,18 @@ def _parse_token_biases(spec: ParameterSpec, value: object) -> tuple[tuple[int, 
 
 
 def _parse_text(spec: ParameterSpec, value: object) -> str | None:
-    if not isinstance(value, str) or not value or "\0" in value:
+    if not isinstance(value, str) or not value or "\0" in value or not _is_unicode(value):
         return None
-    return value if len(value.encode(errors="replace")) <= MAX_GRAMMAR_BYTES else None
+    return value if len(value.encode()) <= MAX_GRAMMAR_BYTES else None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, for which UTF-8 has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_json(spec: ParameterSpec, value: object) -> Any:
@@ -323,14 +332,17 @@ def _parse_json_object(spec: ParameterSpec, value: object) -> str | None:
     if not isinstance(parsed, dict):
         return None
     # written again: each name once
-    return json.dumps(parsed, ensure_ascii=False, separators=(",", ":"))
+    written = json.dumps(parsed, ensure_ascii=False, separators=(",", ":"))
+    return written if _is_unicode(written) else None
 
 
 def _parse_texts(spec: ParameterSpec, value: object) -> tuple[str, ...] | None:
     texts = _parse_json(spec, value)
     if not isinstance(texts, list) or not 1 <= len(texts) <= spec.max_items:
         return None
-    fits = all(isinstance(text, str) and text and "\0" not in text for text in texts)
+    fits = all(
+        isinstance(text, str) and text and "\0" not in text and _is_unicode(text) for text in texts
+    )
     return tuple(texts) if fits and len(set(texts)) == len(texts) else None
 
 
@@ -403,7 +415,7 @@ def _name(name: str, description: str, limits: str) -> ParameterSpec:
 
 
 def _text(name: str, description: str, what: str) -> ParameterSpec:
-    limits = f"{what} of at most {MAX_GRAMMAR_BYTES} bytes, without a NUL byte"
+    limits = f"{what} of at most {MAX_GRAMMAR_BYTES} bytes of UTF-8, without a NUL byte"
     return ParameterSpec(name, "text", description, GENERATIONS, limits=limits)
 
 
@@ -610,7 +622,8 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         "JSON object",
         "The text must be JSON that is valid against this schema.",
         GENERATIONS,
-        limits=f"a JSON schema: the text of a JSON object of at most {MAX_GRAMMAR_BYTES} bytes",
+        limits=f"a JSON schema: the text of a JSON object of at most {MAX_GRAMMAR_BYTES} bytes of"
+        " UTF-8, without halves of surrogate pairs",
     ),
     _boolean(JSON_OBJECT, "The text must be a JSON object.", GENERATIONS),
     _text(REGEX, "The text must match this regular expression as a whole.", "an expression"),
@@ -622,7 +635,8 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         GENERATIONS,
         max_items=MAX_CHOICES,
         limits=f"the text of a JSON array of 1 to {MAX_CHOICES} different texts that are not empty"
-        f" and without NUL characters, at most {MAX_GRAMMAR_BYTES} bytes",
+        " and without NUL characters or halves of surrogate pairs, at most"
+        f" {MAX_GRAMMAR_BYTES} bytes of UTF-8",
     ),
     _count(STREAM_INTERVAL, "The fewest tokens of a response, except the last.", 1),
     _boolean(

@@ -2,14 +2,20 @@
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
+import psutil
 import pytest
 from inplace.errors import Code, RequestError
-from inplace.grammars import GrammarCompiler, GrammarSource, service
+from inplace.grammars import (
+    MAX_GENERATED,
+    GrammarCompiler,
+    GrammarSource,
+    service,
+    wait_for_masks,
+)
 from inplace.grammars.source import check_schema
 from inplace.parameters import RequestKind, parse_parameters
 from support.matching import EOS, follow
@@ -64,6 +70,28 @@ def test_a_tokenizer_whose_tokens_are_no_bytes_is_refused() -> None:
     compiler.close()
     assert isinstance(error, RequestError)
     assert "the tokenizer of this model is not one of bytes" in str(error)
+
+
+def test_end_tokens_that_the_model_does_not_have_are_left_out(compiler: GrammarCompiler) -> None:
+    matcher = compiler.compile(source(regex="a?")).result(60).matcher({EOS, VOCABULARY + 99})
+    matcher.advance([])
+    assert wait_for_masks([matcher], 30) == [matcher]
+    following = matcher.receive()
+    matcher.close()
+    assert following.may_end
+    assert following.mask is not None
+    assert following.mask[0] >> EOS & 1
+
+
+def test_a_long_text_that_was_generated_before_is_followed_at_once(
+    compiler: GrammarCompiler,
+) -> None:
+    matcher = compiler.compile(source(regex="a+")).result(60).matcher({EOS})
+    matcher.advance(TOKENIZER.encode("a", add_special_tokens=False).ids * MAX_GENERATED)
+    assert wait_for_masks([matcher], 30) == [matcher]
+    following = matcher.receive()
+    matcher.close()
+    assert following.may_end, following.error
 
 
 def test_a_schema_that_refers_to_itself_is_followed(compiler: GrammarCompiler) -> None:
@@ -122,7 +150,13 @@ def test_schemas_and_references_that_lie_too_deep_are_refused() -> None:
         ({"regex": "\u00e9" * 40000}, "expected an expression of at most 65536 bytes"),
         ({"choice": '["a", "a"]'}, "1 to 1024 different texts"),
         ({"choice": "a,b"}, "the text of a JSON array"),
-        ({"grammar": 'start: %json {"not": {}}'}, "the keyword 'not' at # is not supported"),
+        ({"choice": '["\\ud800"]'}, "without NUL characters or halves of surrogate pairs"),
+        ({"json": '{"const": "\\ud800"}'}, "without halves of surrogate pairs"),
+        ({"regex": "\ud800"}, "bytes of UTF-8"),
+        (
+            {"grammar": 'start: %json {"not": {}}'},
+            "the JSON schema is not usable: the keyword 'not' at # is not supported",
+        ),
         ({"grammar": "start: %json word"}, "has no JSON schema behind '%json' at 7"),
         ({"grammar": "%import common.INT"}, "has '%import', which is not supported"),
         ({"regex": "a", "json_object": True}, "['json_object', 'regex'] exclude each other"),
@@ -153,6 +187,8 @@ def test_grammars_are_for_generations() -> None:
         ({"regex": "a(?=b)"}, "look-around"),
         ({"regex": "("}, "unclosed group"),
         ({"grammar": "start: missing"}, "unknown name"),
+        ({"grammar": 'start: %json {"const": "\\ud800"}'}, "hex escape"),
+        ({"grammar": "start: " + "|".join(["%json{}"] * 8000)}, "bytes .* use fewer schemas"),
         ({"json": '{"type": "string", "format": "postcode"}'}, "Unknown format: postcode"),
         ({"json": '{"oneOf": [{"type": "string"}, {"minLength": 2}]}'}, "oneOf"),
         ({"json": '{"minimum": 3, "maximum": 2, "type": "integer"}'}, "minimum"),
@@ -223,9 +259,12 @@ def test_a_process_that_could_not_be_reached_is_tried_again(
 def test_the_processes_end_with_the_compiler() -> None:
     ended = GrammarCompiler(TOKENIZER, VOCABULARY, {EOS})
     matcher = ended.compile(source(regex="a+")).result(60).matcher({EOS})
-    ended.close()
-    begin = time.monotonic()
-    matcher.close()
-    assert time.monotonic() - begin < 5
     assert ended._process is not None
+    children = psutil.Process(ended._process.pid).children()
+    assert len(children) == 1
+    ended.close()
     assert ended._process.poll() is not None
+    assert children[0].is_running(), "a generation still has it"
+    matcher.close()
+    _, left = psutil.wait_procs(children, timeout=10)
+    assert left == []

@@ -16,7 +16,7 @@ from inplace.drivers.generation import GenerationLimits, GenerationState, decode
 from inplace.drivers.queues import StreamRequest
 from inplace.drivers.reply import BufferedReply, Channel, Reply, ScheduleReply
 from inplace.errors import Code, RequestError
-from inplace.grammars import GrammarCompiler, GrammarSource
+from inplace.grammars import MAX_GENERATED, GrammarCompiler, GrammarSource
 from inplace.parameters import BY_NAME, GRAMMAR_PARAMETERS, RequestKind, parse_parameters
 from inplace.protocol import (
     ADD_SPECIAL_TOKENS,
@@ -24,6 +24,7 @@ from inplace.protocol import (
     FINISH_REASON,
     MAX_TOKENS,
     MIN_TOKENS,
+    NUM_GENERATED,
     REUSED_TOKENS,
     STOP,
     STOP_TOKEN_IDS,
@@ -167,6 +168,11 @@ class RequestParser:
                 f"this model {reason} and cannot follow a grammar: leave {names} out, or build it"
                 f" again",
             )
+        spec = BY_NAME[NUM_GENERATED]
+        generated = spec.parse(request.parameters.get(NUM_GENERATED, 0))
+        assert isinstance(generated, int)
+        if source is not None and generated > MAX_GENERATED:
+            raise spec.refusal(generated, f"at most {MAX_GENERATED} with a grammar")
         return source
 
     def _kind(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> RequestKind:

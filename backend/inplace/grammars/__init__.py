@@ -1,6 +1,7 @@
 """Grammars: what the text of a generation must be."""
 
 from inplace.grammars.service import (
+    MAX_GENERATED,
     CompiledGrammar,
     GrammarCompiler,
     GrammarMatcher,
@@ -10,6 +11,7 @@ from inplace.grammars.service import (
 from inplace.grammars.source import GrammarSource
 
 __all__ = [
+    "MAX_GENERATED",
     "CompiledGrammar",
     "GrammarCompiler",
     "GrammarMatcher",

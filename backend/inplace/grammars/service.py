@@ -49,6 +49,10 @@ MAX_CACHED = 64
 """Compiled grammars, and errors of others, that are kept for later requests."""
 
 
+MAX_GENERATED = 32768
+"""Tokens that a grammar may follow at once: those of the prompt that count as generated."""
+
+
 START_SECONDS = 120.0
 """Seconds for which the first process may load the tokenizer."""
 
@@ -157,7 +161,7 @@ class CompiledGrammar:
         with other:
             try:
                 with self._lock:
-                    packet = b"g" + array("i", sorted(end_token_ids)).tobytes()
+                    packet = worker.GENERATION + array("i", sorted(end_token_ids)).tobytes()
                     socket.send_fds(self._control, [packet], [other.fileno()])
             except OSError:
                 mine.close()
@@ -234,9 +238,14 @@ class GrammarCompiler:
             _close(self._cache.pop(source))
 
     def _compile(self, source: GrammarSource) -> CompiledGrammar:
+        job = f"{source.kind}\n{source.text}".encode()
+        if len(job) > worker.MAX_PACKET:
+            raise _refusal(
+                f"has {len(job)} bytes with the white space of each of its JSON schemas, and at"
+                f" most {worker.MAX_PACKET} are supported: use fewer schemas"
+            )
         jobs = self._started()
         mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        job = f"{source.kind}\n{source.text}".encode(errors="replace")
         with other:
             socket.send_fds(jobs, [job], [other.fileno()])
         mine.settimeout(COMPILE_SECONDS * MAX_WAIT)

@@ -149,7 +149,8 @@ class GrammarSource:
         if name == JSON:
             check_schema(json.loads(value))
             return cls("json", value)
-        return cls("regex" if name == REGEX else "grammar", value)
+        assert name == REGEX
+        return cls("regex", value)
 
 
 def _with_checked_schemas(grammar: str) -> str:
@@ -168,7 +169,7 @@ def _with_checked_schemas(grammar: str) -> str:
         if not isinstance(schema, dict):
             raise _refusal("'%json' needs an object")
         bounded = schema | {"x-guidance": {"whitespace_pattern": WHITESPACE}}
-        text = json.dumps(bounded, ensure_ascii=False)
+        text = json.dumps(bounded)
         written, position = f"{written}{grammar[position : found.end()]}{text}", end
     return written + grammar[position:]
 
@@ -186,11 +187,11 @@ class _SchemaCheck:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._references: dict[str, list[str]] = {}
-        self._left = MAX_SCHEMAS
+        self._left = self._most = MAX_SCHEMAS
 
     def run(self) -> None:
         self._visit(self._root, "#", 0, self._references.setdefault("#", []))
-        self._left = MAX_REFERENCED_SCHEMAS
+        self._left = self._most = MAX_REFERENCED_SCHEMAS
         waiting = deque((target, 1) for target in self._references["#"])
         while waiting:
             target, depth = waiting.popleft()
@@ -212,7 +213,7 @@ class _SchemaCheck:
             raise _refusal(f"{place} is {type(schema).__name__}; expected an object or a boolean")
         self._left -= 1
         if self._left < 0:
-            raise _refusal(f"it has more than {MAX_SCHEMAS} schemas")
+            raise _refusal(f"it has more than {self._most} schemas")
         if depth > MAX_DEPTH:
             raise _refusal(f"schemas lie in each other more than {MAX_DEPTH} deep, at {place}")
         for keyword in schema:
@@ -266,4 +267,4 @@ def _inner_schemas(schema: Mapping[str, Any], place: str) -> Iterator[tuple[str,
 
 
 def _refusal(reason: str) -> RequestError:
-    return RequestError(Code.BAD_PARAMETER, f"parameter {JSON!r} is not a usable schema: {reason}")
+    return RequestError(Code.BAD_PARAMETER, f"the JSON schema is not usable: {reason}")

@@ -5,9 +5,9 @@ compiles the grammar, and then makes the masks of every generation that has it. 
 takes too much time or memory, or makes the library crash, ends its own process alone; the limits
 are the kernel's. It imports nothing of this project, so that it starts quickly and stays small.
 
-Messages are packets of a socket. The first process gets ``Job`` packets, each with the socket of a
-child. A child answers `COMPILED` or an error; then each packet brings the socket of a generation
-and the tokens that end it. There the child takes packets of tokens, and answers each with a mask,
+Messages are packets of a socket. The first process gets grammars, each with the socket of a child.
+A child answers `COMPILED` or an error; then each packet brings the socket of a generation and the
+tokens that end it. There the child takes packets of tokens, and answers each with a mask,
 `COMPLETE` or an error.
 """
 
@@ -29,12 +29,13 @@ COMPILED, MASK, MASK_AT_END, COMPLETE, ERROR = b"k", b"m", b"a", b"c", b"e"
 """The first byte of an answer. `MASK_AT_END` is a mask where the grammar may end."""
 
 
-MAX_PACKET = 1 << 18
-"""Bytes of a packet: a grammar, or the mask of a million tokens."""
+MAX_PACKET = 200_000
+"""Bytes of a packet: a grammar, or the mask of a million tokens. Linux sends 212,960 by default."""
 
 
-TOKENS = b"t"
-"""The first byte of a packet with the next tokens of a generation, int32 each."""
+GENERATION, TOKENS = b"g", b"t"
+"""The first byte of a packet with the socket of a generation and the tokens that end it, and of one
+with its next tokens; int32 each."""
 
 
 MAX_ERROR = 2000
@@ -181,7 +182,7 @@ class _Grammar:
         connection = socket.socket(fileno=descriptors[0])
         ends = array.array("i", packet[1:]).tolist()
         never = _bits({*ends, *self._tokenizer.eos_tokens})
-        generation = (self._matcher.deep_copy(), _bits(set(ends)), never)
+        generation = (self._matcher.deep_copy(), _bits(set(ends)) & self._known, never)
         self._generations[connection] = generation
         self._selector.register(connection, selectors.EVENT_READ)
 

@@ -121,6 +121,8 @@ def test_generated_tokens_of_the_prompt_are_the_beginning_of_the_text(
     assert end(follower) == ("stop", "bcbc")
     wrong = client.generate("w", [*PROMPT, first], MOST, regex="b+", **given)
     wrong.assert_refused(Code.BAD_PARAMETER, "cannot be followed any further")
+    many = client.generate("m", PROMPT, MOST, regex="a+", num_generated=40000)
+    many.assert_refused(Code.BAD_PARAMETER, "expected at most 32768 with a grammar")
 
 
 @pytest.mark.parametrize("streams", [False], indirect=True)

@@ -12,16 +12,8 @@ import torch
 from inplace.errors import Code, RequestError
 from inplace.protocol import FROM, POSITION, SEQUENCE_KEY
 from inplace.runtime.requests import Request
-from inplace.server.peers import (
-    Address,
-    decode,
-    encode,
-    is_child_of,
-    listening_sockets,
-    read_request,
-    read_texts,
-    request_frame,
-)
+from inplace.server.frames import decode, encode, read_request, read_texts, request_frame
+from inplace.server.peers import Address, is_child_of, listening_sockets
 from torch import Tensor
 
 HERE = Address(server=7, model="m", instance="a", since=5, process=100)

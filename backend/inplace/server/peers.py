@@ -2,21 +2,19 @@
 
 An instance listens on an abstract socket of Linux (unix(7)), whose name has the server's process id
 and digests of the model and of the instance. The kernel says which process is at the other end
-(``SO_PEERCRED``): only children of the same server are spoken to. A frame is a header as JSON and
-the bytes of its tensors; nothing is unpickled.
+(``SO_PEERCRED``): only children of the same server are spoken to. What passes over a connection is
+in `inplace.server.frames`.
 """
 
 import contextlib
 import hashlib
 import itertools
-import json
 import logging
 import os
 import queue
 import socket
 import struct
 import threading
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +22,23 @@ from pathlib import Path
 from time import monotonic, monotonic_ns
 from typing import Any, Protocol, Self
 
-import torch
 from torch import Tensor
 
 from inplace.drivers import Arrival
 from inplace.drivers.reply import Channel, Outputs
 from inplace.drivers.shutdown import unloading
 from inplace.errors import Code, RequestError
-from inplace.runtime.requests import Request
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState
+from inplace.server.frames import (
+    Frame,
+    decode,
+    encode,
+    error_fields,
+    read_error,
+    read_request,
+    read_texts,
+    request_frame,
+)
 
 PREFIX = "inplace"
 """The names of all our sockets begin so."""
@@ -58,16 +64,8 @@ RECEIVE_BYTES = 1 << 20
 """Bytes read from a socket at once."""
 
 
-LENGTHS = struct.Struct("<IQ")
-"""Bytes of the header and of the tensors, in front of each frame."""
-
-
 CREDENTIALS = struct.Struct("3i")
 """Process, user and group of ``SO_PEERCRED``."""
-
-
-Frame = tuple[dict[str, Any], dict[str, Tensor]]
-"""A header and tensors by name."""
 
 
 log = logging.getLogger("inplace")
@@ -171,96 +169,6 @@ def is_child_of(server: int, connected: socket.socket) -> bool:
     except OSError:  # it has ended
         return False
     return int(fields[1]) == server
-
-
-# Frames
-
-
-def encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """The bytes of a frame."""
-    records, body = [], bytearray()
-    for name, tensor in tensors.items():
-        records.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
-        body += tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    text = json.dumps({**header, "tensors": records}).encode()
-    return LENGTHS.pack(len(text), len(body)) + text + body
-
-
-def decode(received: bytearray) -> list[Frame]:
-    """Take all whole frames off what was received."""
-    frames: list[Frame] = []
-    start = 0
-    while len(received) - start >= LENGTHS.size:
-        num_header, num_body = LENGTHS.unpack_from(received, start)
-        body = start + LENGTHS.size + num_header
-        if len(received) < body + num_body:
-            break
-        header = json.loads(received[start + LENGTHS.size : body])
-        tensors: dict[str, Tensor] = {}
-        for name, dtype, shape in header.pop("tensors"):
-            empty = torch.empty(shape, dtype=getattr(torch, dtype))
-            flat = empty.reshape(-1).view(torch.uint8)
-            if flat.numel():
-                flat.copy_(torch.frombuffer(received[body : body + flat.numel()], dtype=flat.dtype))
-            tensors[name] = empty
-            body += flat.numel()
-        frames.append((header, tensors))
-        start = body
-    del received[:start]
-    return frames
-
-
-def request_frame(number: int, arrival: Arrival) -> bytes:
-    """A request as a frame."""
-    request, texts, channel = arrival
-    refusal = request.refusal
-    header = {
-        "type": "request",
-        "number": number,
-        "sequence_id": request.sequence_id,
-        "start": request.start,
-        "end": request.end,
-        "request_id": request.request_id,
-        "parameters": dict(request.parameters),
-        "arrival_time": request.arrival_time,
-        "offered": request.offered,
-        "outputs": sorted(channel.requested_outputs),
-        "texts": {name: [b64encode(text).decode() for text in each] for name, each in texts.items()}
-        if texts
-        else {},
-        "refusal": None if refusal is None else _error_fields(refusal),
-    }
-    return encode(header, request.inputs)
-
-
-def read_request(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> Request:
-    """The request of a frame."""
-    return Request(
-        sequence_id=header["sequence_id"],
-        start=header["start"],
-        end=header["end"],
-        inputs=tensors,
-        request_id=header["request_id"],
-        parameters=header["parameters"],
-        arrival_time=header["arrival_time"],
-        requested_outputs=frozenset(header["outputs"]),
-        refusal=None if header["refusal"] is None else _read_error(header["refusal"]),
-        offered=header["offered"],
-    )
-
-
-def read_texts(header: Mapping[str, Any]) -> dict[str, tuple[bytes, ...]]:
-    """The inputs of BYTES of a frame with a request."""
-    return {name: tuple(map(b64decode, each)) for name, each in header["texts"].items()}
-
-
-def _error_fields(error: RequestError) -> list[Any]:
-    return [error.code, str(error), error.retryable]
-
-
-def _read_error(fields: list[Any]) -> RequestError:
-    code, message, retryable = fields
-    return RequestError(Code(code), message, retryable=retryable)
 
 
 class Connection:
@@ -425,7 +333,7 @@ class Peer:
                 self._events.peer_ended(self, header["sequence_id"])
             case "error":
                 channel = self._pending.pop(header["number"])
-                channel.send_error(_read_error(header["error"]))
+                channel.send_error(read_error(header["error"]))
             case "response":
                 number, final = header["number"], header["final"]
                 channel = self._pending.pop(number) if final else self._pending[number]
@@ -511,7 +419,7 @@ class _PeerChannel:
     def send_error(self, error: RequestError) -> None:
         """Send an error as the final response."""
         self._on_final(error)
-        header = {"type": "error", "number": self._number, "error": _error_fields(error)}
+        header = {"type": "error", "number": self._number, "error": error_fields(error)}
         self._connection.send(encode(header, {}))
 
     def is_cancelled(self) -> bool:

@@ -1,5 +1,7 @@
 """An engine is compared with the GPU that its instance runs on."""
 
+from dataclasses import replace
+
 import pytest
 from inplace.engines.gpus import Gpu, check_memory, check_plan
 from inplace.errors import LoadError
@@ -64,7 +66,7 @@ def test_a_plan_for_another_is_refused_with_both(gpu: str, capability: str) -> N
 
 
 def on_a_gpu(free: int) -> Gpu:
-    return Gpu(0, "NVIDIA H200", "9.0", free, 150_000)
+    return replace(H200, free=free)
 
 
 def test_what_does_not_fit_one_gpu_is_refused_with_the_number_of_gpus_that_would_do() -> None:

@@ -21,12 +21,13 @@ from inplace.engines.tensorrt.steps import (
     smallest_fit,
     step_size,
 )
-from inplace.errors import Code
+from inplace.errors import Code, LoadError
 from inplace.operators import sample
 from inplace.runtime import speculative
 from inplace.runtime.batcher import Sample, add_samples
 from inplace.runtime.schedules import open_model
 from inplace.runtime.speculative import SpeculativeInstance
+from inplace.schema.prefixes import PrefixOptions
 from inplace.schema.served import Manifest
 from inplace.trt import TensorRT
 from inplace_builder import BuildError, BuildOptions, Capture, DecoderOptions, write_engine
@@ -203,6 +204,11 @@ def test_a_copy_has_the_tokens_of_its_sequence_and_the_states_of_both_programs(
         before = after
     assert counts[1] == counts[2]
     assert counts[2][0] > 0, counts
+
+
+def test_an_engine_with_a_draft_refuses_to_reuse_prefixes(own: Built) -> None:
+    with pytest.raises(LoadError, match="without a draft"):
+        instance_of(own).reuse_prefixes(PrefixOptions())
 
 
 def test_an_end_token_among_accepted_ones_ends_the_generation_there(own: Built) -> None:

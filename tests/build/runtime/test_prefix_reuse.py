@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from inplace.drivers import StreamDriver, TokenizerConfig
-from inplace.errors import Code
+from inplace.drivers.step_driver import StepDriver
+from inplace.errors import Code, LoadError
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.prefixes import MIN_COPIED_TOKENS
 from inplace.schema.prefixes import PrefixOptions
@@ -312,6 +313,16 @@ def test_an_end_without_tokens_forgets_too(client: Reusing) -> None:
     client.run("one", LONG, end=False, **ALICE)
     client.end("one", forget=True, **ALICE).wait()
     assert client.kept() == 0
+
+
+def test_models_whose_states_depend_on_more_than_tokens_refuse_the_setting(
+    plain: ModelInstance, sums: StepDriver
+) -> None:
+    lookahead = ModelInstance(plain.manifest, plain.arena, plain.engine, 1e9)
+    lookahead.program = lookahead.program.model_copy(update={"lookahead": True})
+    for instance in (sums.instance, lookahead):
+        with pytest.raises(LoadError, match="leave prefix_reuse out"):
+            instance.reuse_prefixes(PrefixOptions())
 
 
 @pytest.mark.parametrize("tokens", [[], [4]])

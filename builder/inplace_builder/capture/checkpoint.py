@@ -21,9 +21,8 @@ from inplace_builder.capture.quantized import (
     check_quantization,
     dequantizing_config,
     is_cache_only,
-    is_fp8,
     quantization,
-    read_fp8,
+    read_quantized,
     without_quantization,
 )
 from inplace_builder.capture.sources import ModelFiles, locate_model
@@ -38,7 +37,7 @@ def load_decoder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a decoder from files of this machine. Nothing is downloaded.
 
-    A LoRA adapter is merged, and weights in fp8 and mxfp4 are dequantized.
+    A LoRA adapter is merged, and quantized weights (fp8, GPTQ, AWQ, mxfp4) are dequantized.
 
     Args:
         source: a folder with weights (safetensors, ``.bin``, one GGUF file) or with a LoRA adapter,
@@ -102,15 +101,14 @@ def load_weights(
     arguments = _arguments(files)
     if fields is not None and is_cache_only(fields):
         arguments["config"], fields = without_quantization(config), None
+    stored = None
     if fields is not None:
-        fp8 = is_fp8(fields)
-        notes["quantization"] = (
-            f"{'fp8' if fp8 else 'mxfp4'} weights, dequantized to {dtype}; activations are not "
-            f"quantized"
-        )
-        arguments["config"] = without_quantization(config) if fp8 else dequantizing_config(config)
-        if fp8:
-            arguments["state_dict"] = read_fp8(files.folder, config, dtype.as_torch)
+        stored = read_quantized(files.folder, config, dtype.as_torch)
+        done = stored.note if stored else f"mxfp4 weights, dequantized to {dtype}"
+        notes["quantization"] = f"{done}; activations are not quantized"
+        arguments["config"] = dequantizing_config(config)
+        if stored is not None:
+            arguments |= {"config": without_quantization(config), "state_dict": stored.tensors}
     # SDPA has no soft-cap: it would make a wrong reference of a model that has one
     capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     eager = {"attn_implementation": "eager"} if capped else {}
@@ -144,9 +142,9 @@ def load_weights(
             f"keys and values are cached in {dtype}, not in 8 bits: {scales[:2]} ({len(scales)} "
             f"scales in all) are not used"
         )
-    if unused := [
-        key for key in unexpected if not key.endswith((*_RECOMPUTED_KEYS, *CACHE_SCALES))
-    ]:
+    zeros = stored.zero_biases if stored is not None else frozenset()
+    ignored = (*_RECOMPUTED_KEYS, *CACHE_SCALES)
+    if unused := [key for key in unexpected if not key.endswith(ignored) and key not in zeros]:
         raise BuildError(
             f"the weights in {source} hold {unused[:3]} ({len(unused)} in all), which "
             f"{type(model).__name__} does not use: its output would not be that of the model the "

@@ -1,9 +1,10 @@
-"""Quantized checkpoints: fp8 and mxfp4 are dequantized, what has no kernel here is refused."""
+"""Quantized checkpoints: fp8, GPTQ, AWQ and mxfp4 are dequantized, other ones are refused."""
 
 import copy
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from inplace_builder.capture.integer_weights import (
+    PARTS,
+    IntegerFormat,
+    integer_format,
+    quantized_layers,
+    read_layer,
+)
 from inplace_builder.errors import BuildError
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -23,6 +31,21 @@ CACHE_SCALES = (
 
 
 _ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".input_scale_ub")
+
+
+@dataclass(frozen=True)
+class DequantizedWeights:
+    """What a quantized checkpoint stands for.
+
+    Attributes:
+        tensors: all tensors of the model, by their names.
+        note: what was done, in words.
+        zero_biases: names of biases that are zero, which AutoGPTQ wrote for layers without one.
+    """
+
+    tensors: dict[str, Tensor]
+    note: str
+    zero_biases: frozenset[str] = frozenset()
 
 
 def quantization(config: PretrainedConfig) -> dict[str, Any] | None:
@@ -60,14 +83,77 @@ def check_quantization(config: PretrainedConfig, source: Path) -> None:
     fields = quantization(config)
     if fields is None or is_fp8(fields) or is_cache_only(fields) or _method(fields) == "mxfp4":
         return
+    method = _method(fields)
+    if method in ("gptq", "awq"):
+        if isinstance(reason := integer_format(method, fields), str):
+            raise BuildError(
+                f"{source} is quantized with {method!r} and cannot be read: {reason}; give the "
+                f"checkpoint before its quantization, or another quantization of it"
+            )
+        return
     details = [f"{key} {fields[key]}" for key in ("format", "bits") if fields.get(key)]
     details += [f"{bits} bits" for bits in (8, 4) if fields.get(f"load_in_{bits}bit")]
     raise BuildError(
-        f"{source} is quantized with {_method(fields)!r}"
-        f"{' (' + ', '.join(details) + ')' if details else ''}: no engine here has a linear layer "
-        f"for such weights, and only fp8 (fp8, fbgemm_fp8, compressed-tensors float-quantized) and "
-        f"mxfp4 are dequantized at the build; give the checkpoint before its quantization"
+        f"{source} is quantized with {method!r}"
+        f"{' (' + ', '.join(details) + ')' if details else ''}, which is not read here: only fp8 "
+        f"(fp8, fbgemm_fp8, compressed-tensors float-quantized), gptq, awq and mxfp4 are; give the "
+        f"checkpoint before its quantization"
     )
+
+
+def read_quantized(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype
+) -> DequantizedWeights | None:
+    """Read a checkpoint with 8-bit floats or packed integers; None if transformers reads it.
+
+    Args:
+        folder: with one or several safetensors or ``.bin`` files.
+        config: the model's, with its quantization; `check_quantization` has accepted it.
+        dtype: the type to round to. Other tensors keep their own.
+
+    Raises:
+        BuildError: a part of a weight is missing, or does not fit it.
+    """
+    fields = quantization(config) or {}
+    if is_fp8(fields):
+        return DequantizedWeights(
+            read_fp8(folder, config, dtype), f"fp8 weights, dequantized to {_name(dtype)}"
+        )
+    method = _method(fields)
+    if method not in ("gptq", "awq"):
+        return None
+    form = integer_format(method, fields)
+    assert isinstance(form, IntegerFormat), "it was checked"
+    return _read_integers(folder, form, dtype)
+
+
+def _read_integers(folder: Path, form: IntegerFormat, dtype: torch.dtype) -> DequantizedWeights:
+    """Read a checkpoint of GPTQ or AWQ; layers that it left as they are keep their weights."""
+    stored = dict(_read_weights(folder))
+    layers = quantized_layers(stored)
+    if not layers:
+        raise BuildError(
+            f"{folder} is quantized with {form.method!r} by its config.json, but no tensor there "
+            f"ends with .qweight; remove quantization_config"
+        )
+    tensors: dict[str, Tensor] = {}
+    parts: set[str] = set()
+    for layer in layers:
+        try:
+            tensors[f"{layer}.weight"] = read_layer(layer, stored, form).to(dtype)
+        except ValueError as error:
+            raise BuildError(f"{layer} in {folder} cannot be dequantized: {error}") from None
+        parts.update(f"{layer}.{part}" for part in PARTS)
+    biases = {f"{layer}.bias" for layer in layers} & stored.keys()
+    return DequantizedWeights(
+        tensors | {name: tensor for name, tensor in stored.items() if name not in parts},
+        f"{form}, dequantized to {_name(dtype)}: {len(layers)} layers",
+        frozenset(name for name in biases if not stored[name].any()),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def dequantizing_config(config: PretrainedConfig) -> PretrainedConfig:

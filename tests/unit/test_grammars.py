@@ -232,6 +232,22 @@ def test_a_compiled_grammar_is_kept_and_one_whose_process_died_is_not(
     assert follow(compiler, given) == "kept"
 
 
+def test_a_generation_that_is_closed_before_its_mask_is_read_ends_alone(
+    compiler: GrammarCompiler,
+) -> None:
+    grammar = compiler.compile(source(regex="[0-9]+")).result(60)
+    other, closed = grammar.matcher({EOS}), grammar.matcher({EOS})
+    closed.advance([])
+    assert wait_for_masks([closed], 30) == [closed]
+    closed.close()  # as a generation that is cancelled
+    other.advance([])
+    assert wait_for_masks([other], 30) == [other]
+    following = other.receive()
+    other.close()
+    assert following.mask is not None, following.error
+    assert grammar.is_alive
+
+
 def test_more_grammars_than_may_wait_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "MAX_WAITING", 1)
     busy = GrammarCompiler(TOKENIZER, VOCABULARY, {EOS})

@@ -188,7 +188,10 @@ class _Grammar:
 
     def _answer(self, connection: socket.socket) -> None:
         """Take tokens of a generation, and send what may come next."""
-        packet = connection.recv(MAX_PACKET)
+        try:
+            packet = connection.recv(MAX_PACKET)
+        except ConnectionResetError:  # it was closed with an answer that nobody has read
+            packet = b""
         if not packet:
             self._selector.unregister(connection)
             del self._generations[connection]

@@ -301,6 +301,13 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(help="File of API keys, see `inplace openai-key`.")
     ] = None,
+    tool_call_parser: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How a model calls tools: hermes, llama3_json, mistral or json, of all models, or "
+            "MODEL=hermes of one; repeatable; default: as its chat template says."
+        ),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="Folder of built models; default: ~/.cache/inplace/models."),
@@ -380,7 +387,10 @@ def serve(
             front = None
             if openai if openai is not None else model is not None:
                 front = FrontProcess(
-                    FrontOptions(openai_host, openai_port, keys), server.grpc_url, model_repository
+                    FrontOptions(openai_host, openai_port, keys),
+                    server.grpc_url,
+                    model_repository,
+                    [f"--tool-call-parser={each}" for each in tool_call_parser or ()],
                 )
                 stack.enter_context(front)
                 console.print(f"OpenAI's protocol: {front.options.url}/v1", soft_wrap=True)
@@ -476,6 +486,13 @@ def openai(
         Path | None,
         typer.Option(help="Certificate authority of the servers' gRPC endpoints, for TLS to them."),
     ] = None,
+    tool_call_parser: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How a model calls tools: hermes, llama3_json, mistral or json, of all models, or "
+            "MODEL=hermes of one; repeatable; default: as its chat template says."
+        ),
+    ] = None,
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds for which running requests may finish after SIGTERM.")
     ] = 30.0,
@@ -499,6 +516,7 @@ def openai(
                 private_key=tls_private_key,
                 server_ca=server_ca,
                 drain_seconds=drain_timeout,
+                call_formats=tool_call_parser or (),
             )
         )
 

@@ -1,9 +1,14 @@
 """A small real tokenizer: byte-level BPE, learned from this project's license."""
 
+import shutil
 from functools import cache
 from pathlib import Path
 
+from inplace.drivers.detokenizer import TOKENIZER_FOLDER
+from inplace.schema.files import record_files
+from inplace.schema.served import FILE_NAME, Manifest
 from tokenizers import (
+    AddedToken,
     Tokenizer,
     decoders,
     models,
@@ -15,18 +20,19 @@ from tokenizers import (
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from support.models import VOCABULARY, tiny_llama
+from support.pool import reconfigure
 
 BOS, EOS = 1, 2
 
 
 @cache
-def tiny_tokenizer() -> Tokenizer:
+def tiny_tokenizer(size: int = VOCABULARY) -> Tokenizer:
     """Tokens of any text, mostly parts of words and bytes; it puts ``<s>`` before a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=size,
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -36,7 +42,7 @@ def tiny_tokenizer() -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", BOS)]
     )
-    assert tokenizer.get_vocab_size() == VOCABULARY
+    assert tokenizer.get_vocab_size() == size
     return tokenizer
 
 
@@ -55,6 +61,46 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+HERMES_TEMPLATE = (
+    "{{ bos_token }}{% for tool in tools or [] %}{{ tool.function.name }}, {% endfor %}"
+    '{% if tools %}<tool_call>\\n{"name": f, "arguments": {} }\\n</tool_call></s>{% endif %}'
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\\n</tool_call>{% endfor %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""Calls as models of the format ``hermes`` write them."""
+
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}[TOOL_CALLS]"
+    "{% if call.id | length != 9 %}{{ raise_exception('an id has 9 characters') }}{% endif %}"
+    "[{{ call.function | tojson }}]{% endfor %}</s>{% endfor %}"
+)
+"""Calls as models of the format ``mistral`` write them, one in a message."""
+
+
+def tool_tokenizer(template: str, *markers: AddedToken) -> PreTrainedTokenizerFast:
+    """A tokenizer of the same size, with tokens for calls of tools, and its chat template."""
+    tokenizer = Tokenizer.from_str(tiny_tokenizer(VOCABULARY - len(markers)).to_str())
+    tokenizer.add_tokens([*markers])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+
+
+def with_tokenizer(built: Path, target: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Copy a built model, and give it another tokenizer of the same size."""
+    shutil.copytree(built, target)
+    folder = target / "1"
+    shutil.rmtree(folder / TOKENIZER_FOLDER)
+    tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    files = record_files(folder, FILE_NAME)
+    Manifest.load(built / "1").model_copy(update={"files": files}).save(folder)
+    reconfigure(target, name=target.name)
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -183,6 +183,28 @@ def check_schema(schema: Any) -> None:
     _SchemaCheck(schema).run()
 
 
+def without_annotations(schema: Any) -> Any:
+    """A schema without the keywords that say nothing about what is valid.
+
+    Args:
+        schema: one that `check_schema` accepts.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    made: dict[str, Any] = {}
+    for keyword, value in schema.items():
+        kind = SCHEMA_KEYWORDS.get(keyword)
+        if keyword in ANNOTATIONS:
+            continue
+        if kind == "schemas by name":
+            made[keyword] = {name: without_annotations(each) for name, each in value.items()}
+        elif kind is not None and isinstance(value, list):
+            made[keyword] = [without_annotations(each) for each in value]
+        else:
+            made[keyword] = value if kind is None else without_annotations(value)
+    return made
+
+
 class _SchemaCheck:
     def __init__(self, root: Any) -> None:
         self._root = root

@@ -101,7 +101,7 @@ class FrontEnd:
         """A chat's next message."""
         body = await read_body(request, ChatRequest, self._limits)
         model = self._model(body.model)
-        structure = structure_of(body)
+        structure = structure_of(body, model)
         choices = body.n or 1
         check_counts(self._limits, choices=choices, prompts=1)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -110,7 +110,7 @@ class FrontEnd:
         max_tokens = body.max_completion_tokens or body.max_tokens
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         _check_max_tokens(getattr(body, field), field)
-        tools = (body.tools or ()) if structure.calls else ()
+        tools = (body.tools or ()) if structure.format is not None else ()
         prompt = await asyncio.to_thread(chat_prompt, model, body.messages, tools)
         generations = generations_of(
             body,
@@ -127,7 +127,7 @@ class FrontEnd:
             request.state.request_id,
             model.name,
             model.tokenizer,
-            len(prompt),
+            prompt,
             choices,
             structure=structure,
             logprobs=logprobs is not None,

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from inplace.client.recordings import AudioFormat
 from inplace.drivers.detokenizer import TOKENIZER_FOLDER, load_tokenizer
 from inplace.errors import LoadError
+from inplace.openai.calls import FORMATS, CallFormat, format_of_template
 from inplace.openai.templates import ChatTemplate, TemplateError
 from inplace.openai.tokenizer import TextTokenizer
 from inplace.schema.files import EngineFolder
@@ -44,6 +46,7 @@ class ServedModel:
         turn_end: the token that the template puts after a reply; None if that is no token.
         capacity: positions of a sequence; None without a limit.
         created: when it was built, in seconds since 1970.
+        call_format: how it calls tools; None if that is not known.
     """
 
     name: str
@@ -52,6 +55,7 @@ class ServedModel:
     turn_end: int | None
     capacity: int | None
     created: int
+    call_format: CallFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,20 @@ class SpeechModel:
     capacity: None = None
 
 
-def load_models(repository: Path | str) -> dict[str, ServedModel | SpeechModel]:
+def load_models(
+    repository: Path | str, call_formats: Sequence[str] = ()
+) -> dict[str, ServedModel | SpeechModel]:
     """The language and speech models of a repository that are served as streams, by name.
 
     One that cannot be read is left out, with a warning.
 
+    Args:
+        repository: the folder of the models.
+        call_formats: names of formats of calls of tools, ``hermes`` for all language models, or
+            ``model=hermes`` for one; the others have that of their chat template.
+
     Raises:
-        LoadError: there is none.
+        LoadError: there is none, or one of the formats or its model is not known.
     """
     repository = Path(repository)
     models: dict[str, ServedModel | SpeechModel] = {}
@@ -93,7 +104,24 @@ def load_models(repository: Path | str) -> dict[str, ServedModel | SpeechModel]:
             f"and has a tokenizer; build one: `inplace build … --serve stream "
             f"--output {repository}/<name>`"
         )
+    _set_call_formats(models, call_formats)
     return models
+
+
+def _set_call_formats(models: dict[str, ServedModel | SpeechModel], given: Sequence[str]) -> None:
+    """Set the formats of calls that the operator has named."""
+    parts = [text.rpartition("=") for text in given]
+    for name, _, parser in sorted(parts, key=lambda part: bool(part[0])):  # one model's come last
+        if parser not in FORMATS:
+            raise LoadError(f"there is no format {parser!r} of calls, only {', '.join(FORMATS)}")
+        language = [each for each in models.values() if isinstance(each, ServedModel)]
+        chosen = [each for each in language if name in ("", each.name)]
+        if not chosen:
+            raise LoadError(
+                f"the format {parser!r} of calls is for {name or 'language models'!r}; there are "
+                f"{', '.join(each.name for each in language) or 'none'}"
+            )
+        models |= {each.name: replace(each, call_format=FORMATS[parser]) for each in chosen}
 
 
 def _load(path: Path) -> ServedModel | SpeechModel | None:
@@ -120,6 +148,7 @@ def _load(path: Path) -> ServedModel | SpeechModel | None:
         turn_end=None if template is None else _turn_end(template, tokenizer),
         capacity=int(parameters.get("capacity", manifest.capacity or 0)) or None,
         created=created,
+        call_format=None if template is None else format_of_template(template.source),
     )
 
 

@@ -3,12 +3,14 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
-from inplace.client import PromptLogprob, TokenLogprob
+from inplace.client import Piece, PromptLogprob, TokenLogprob
+from inplace.openai.call_reader import CallBegin, Content, Event
 from inplace.openai.generations import Part
 from inplace.openai.structure import Structure
-from inplace.openai.tokenizer import TextTokenizer
+from inplace.openai.tokenizer import MarkedText, TextTokenizer
 
 FINISH_REASONS = {"length": "length", "capacity": "length", "eos": "stop", "stop": "stop"}
 """OpenAI's words for the reasons of the backend."""
@@ -117,55 +119,131 @@ class Answer(ABC):
         """A choice of each chunk for a part."""
 
 
+class _Reply:
+    """One reply of a chat: its text, and the calls in it.
+
+    Args:
+        structure: what it is.
+        text: what makes the tokens of openings visible.
+    """
+
+    def __init__(self, structure: Structure, text: MarkedText) -> None:
+        self._format, self._text = structure.format, text
+        self._reader = structure.reader()
+        self._content: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+        self._arguments: list[list[str]] = []
+
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """What a piece adds, as OpenAI streams it; texts that follow each other are one."""
+        if self._reader is None:
+            events: list[Event] = [Content(piece.text)] if piece.text else []
+        else:
+            events = self._reader.append(self._text.append(piece.tokens, piece.text))
+            events += self._reader.flush() if piece.finish_reason else []
+        made: list[dict[str, Any]] = []
+        for kind, group in groupby(events, type):
+            if kind is CallBegin:
+                made += [self._begin(each) for each in group if isinstance(each, CallBegin)]
+            else:
+                text = "".join(each.text for each in group if not isinstance(each, CallBegin))
+                made.append(self._add(text) if kind is Content else self._add_arguments(text))
+        return made
+
+    def _add(self, text: str) -> dict[str, Any]:
+        self._content.append(text)
+        return {"content": text}
+
+    def _begin(self, begin: CallBegin) -> dict[str, Any]:
+        assert self._format is not None
+        call = {
+            "id": self._format.new_id(),
+            "type": "function",
+            "function": {"name": begin.function, "arguments": ""},
+        }
+        self._calls.append(call)
+        self._arguments.append([])
+        return {"tool_calls": [{"index": len(self._calls) - 1, **call}]}
+
+    def _add_arguments(self, text: str) -> dict[str, Any]:
+        self._arguments[-1].append(text)
+        index = len(self._calls) - 1
+        return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+    def reason(self, reason: str) -> str:
+        """Why it ended: calls that are complete are a reason of their own."""
+        is_called = self._calls and self._reader is not None and not self._reader.is_inside_call
+        return "tool_calls" if is_called and reason == "stop" else reason
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The whole message."""
+        content = "".join(self._content)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self._calls:
+            calls = [
+                call | {"function": call["function"] | {"arguments": "".join(arguments)}}
+                for call, arguments in zip(self._calls, self._arguments, strict=True)
+            ]
+            message |= {"content": content or None, "tool_calls": calls}
+        return message
+
+
 class ChatAnswer(Answer):
     """The answer to a chat.
 
     Args:
+        request_id, model, tokenizer, choices, logprobs: as in `Answer`.
+        prompt: its tokens.
         structure: what each reply is.
-        **arguments: as in `Answer`.
     """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *arguments: Any, structure: Structure, logprobs: bool) -> None:
-        super().__init__(*arguments, logprobs=logprobs)
-        self._structure = structure
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        tokenizer: TextTokenizer,
+        prompt: list[int],
+        choices: int,
+        *,
+        structure: Structure,
+        logprobs: bool,
+    ) -> None:
+        super().__init__(request_id, model, tokenizer, len(prompt), choices, logprobs=logprobs)
+        markers = () if structure.format is None else structure.format.markers
+        self._replies = [
+            _Reply(structure, tokenizer.with_markers(prompt, markers)) for _ in range(choices)
+        ]
         self._begun: set[int] = set()
 
+    def add(self, part: Part) -> None:
+        """Add a part of a choice, for the whole answer."""
+        super().add(part)
+        self._replies[part.index].deltas(part.piece)
+
     def _choice(self, index: int) -> dict[str, Any]:
-        text, reason = "".join(self._texts[index]), self._reasons[index]
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if self._structure.calls and (call := self._structure.tool_call(text)) is not None:
-            message |= {"content": None, "tool_calls": [call]}
-            reason = "tool_calls"
+        reply = self._replies[index]
         return {
             "index": index,
-            "message": message,
+            "message": reply.message,
             "logprobs": self._logprobs_of(self._tokens[index]) if self._logprobs else None,
-            "finish_reason": reason,
+            "finish_reason": reply.reason(self._reasons[index]),
         }
 
     def _chunk_choices(self, part: Part) -> Iterator[dict[str, Any]]:
-        index, piece = part.index, part.piece
+        index, piece, reply = part.index, part.piece, self._replies[part.index]
         if index not in self._begun:
             self._begun.add(index)
             yield self._delta(index, {"role": "assistant", "content": ""})
-        text, reason = piece.text, FINISH_REASONS.get(piece.finish_reason)
-        delta: dict[str, Any] = {}
-        if self._structure.calls:  # a call is one chunk, since its name may come last
-            self._texts[index].append(text)
-            text = ""
-            if reason is not None:
-                whole = "".join(self._texts[index])
-                if (call := self._structure.tool_call(whole)) is not None:
-                    delta, reason = {"tool_calls": [{"index": 0, **call}]}, "tool_calls"
-                else:
-                    text = whole
-        if text or piece.logprobs or delta:
-            logprobs = self._logprobs_of(piece.logprobs) if self._logprobs else None
-            yield self._delta(index, delta or {"content": text}, logprobs)
-        if reason is not None:
-            yield self._delta(index, {}, reason=reason)
+        logprobs = self._logprobs_of(piece.logprobs) if self._logprobs else None
+        deltas = reply.deltas(piece) or ([{"content": ""}] if piece.logprobs else [])
+        for delta in deltas:
+            yield self._delta(index, delta, logprobs)
+            logprobs = None  # they are the piece's, not the delta's
+        if (reason := FINISH_REASONS.get(piece.finish_reason)) is not None:
+            yield self._delta(index, {}, reason=reply.reason(reason))
 
     def _delta(
         self,

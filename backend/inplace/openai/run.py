@@ -40,6 +40,7 @@ class Frontend:
         server_ca: the file of the certificate authority of the servers' endpoints; None for plain
             gRPC.
         drain_seconds: how long running requests may take after SIGTERM.
+        call_formats: how models call tools, see `load_models`.
         limits: of requests.
     """
 
@@ -53,6 +54,7 @@ class Frontend:
     private_key: Path | None = None
     server_ca: Path | None = None
     drain_seconds: float = 30.0
+    call_formats: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
 
     def check(self) -> None:
@@ -73,12 +75,13 @@ class Frontend:
         """The HTTP server, not started yet.
 
         Raises:
-            LoadError: a model or the file of keys cannot be read.
+            LoadError: a model or the file of keys cannot be read, or there is no such format of
+                calls.
             FrontendError: see `check`.
         """
         self.check()
         keys = None if self.keys is None else Keys(self.keys)
-        models = load_models(self.model_repository)
+        models = load_models(self.model_repository, self.call_formats)
         connect = None if self.server_ca is None else self._connect
         app = create_app(
             Replicas(self.servers, models, connect),

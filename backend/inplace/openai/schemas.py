@@ -187,7 +187,7 @@ class ChatRequest(SamplingRequest):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: Ignored = None
+    parallel_tool_calls: bool | None = None
     prediction: Ignored = None
     reasoning_effort: Ignored = None
     verbosity: Ignored = None

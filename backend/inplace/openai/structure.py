@@ -1,14 +1,19 @@
-"""What a reply must be: a response format, or a call of a tool, as parameters of the backend."""
+"""What a reply must be: a response format, or calls of tools, as parameters of the backend."""
 
 import json
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inplace.errors import RequestError
+from inplace.grammars.source import check_schema, without_annotations
+from inplace.openai.call_reader import CallReader
+from inplace.openai.calls import FORMATS, JSON, CallFormat, CallGrammar, Function
 from inplace.openai.errors import ApiError, invalid_value
 from inplace.openai.generations import check_value
+from inplace.openai.models import ServedModel
 from inplace.openai.schemas import ChatRequest, ResponseFormat, Tool, ToolChoice
+from inplace.protocol import GRAMMAR
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 """The schema of the arguments of a function without parameters."""
@@ -20,56 +25,66 @@ class Structure:
 
     Attributes:
         options: request parameters of the backend.
-        calls: the reply is a call of a tool.
-        function: the only function it may call; None where the reply has its name.
+        format: of the calls that it may have; None where it has none.
+        functions: the names of the functions that it may call.
     """
 
     options: dict[str, Any]
-    calls: bool = False
-    function: str | None = None
+    format: CallFormat | None = None
+    functions: tuple[str, ...] = ()
 
-    def tool_call(self, text: str) -> dict[str, Any] | None:
-        """The call that a whole reply is; None where it was cut short."""
-        name, arguments = self.function, text
-        try:
-            value = json.loads(text)
-        except ValueError:
-            return None
-        if name is None:
-            name = value["name"]
-            arguments = json.dumps(value["arguments"], ensure_ascii=False)
-        return {
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {"name": name, "arguments": arguments},
-        }
+    def reader(self) -> CallReader | None:
+        """Reads the calls of one reply; None if it has none."""
+        return None if self.format is None else CallReader(self.format, self.functions)
 
 
-def structure_of(request: ChatRequest) -> Structure:
+def structure_of(request: ChatRequest, model: ServedModel) -> Structure:
     """What the reply to a chat must be.
 
     Raises:
-        ApiError: the fields do not fit together, or a grammar is refused.
+        ApiError: the fields do not fit together, a schema is refused, or it is not known how the
+            model calls tools.
     """
     choice, tools = request.tool_choice, request.tools or []
-    if choice == "auto" or (choice is None and tools):
-        raise ApiError(
-            400,
-            "this server does not find out by itself whether a reply calls a tool: send "
-            "tool_choice='required', a function, or 'none'",
-            param="tool_choice",
-            code="unsupported_value",
-        )
-    if choice in (None, "none"):
+    if choice == "none" or (choice is None and not tools):
         return Structure(_format_options(request.response_format))
     if not tools:
         raise _wrong("tool_choice needs tools")
+    named = choice.function.name if isinstance(choice, ToolChoice) else None
+    functions = _functions(tools, named)
+    may_call = choice in (None, "auto")
+    call_format = model.call_format
+    if call_format is None:
+        if may_call:
+            raise _unknown_format(model)
+        call_format = JSON
+    parallel = named is None and request.parallel_tool_calls is not False
+    grammar = CallGrammar(call_format, functions, model.tokenizer, parallel=parallel)
+    text = _auto(grammar, call_format, request) if may_call else _required(grammar, request)
+    check_value(GRAMMAR, text, "tools")
+    return Structure({GRAMMAR: text}, call_format, tuple(each.name for each in functions))
+
+
+def _required(grammar: CallGrammar, request: ChatRequest) -> str:
     if request.response_format is not None and request.response_format.type != "text":
         raise _wrong("a reply that calls a tool has no response_format: leave out one of them")
-    function = choice.function.name if isinstance(choice, ToolChoice) else None
-    schema = _named(tools, function) if function is not None else _any_of(tools)
-    check_value("json", json.dumps(schema), "tools")
-    return Structure({"json": schema}, calls=True, function=function)
+    return grammar.required()
+
+
+def _auto(grammar: CallGrammar, format: CallFormat, request: ChatRequest) -> str:
+    """A reply that calls tools or not, as the model likes."""
+    response = request.response_format
+    if response is None or response.type == "text":
+        return grammar.or_text()
+    if response.type not in ("json_object", "json_schema") or not format.needs_opening:
+        raise _wrong(
+            f"a reply that may call a tool in the format {format.name!r} cannot have a "
+            f"response_format of the type {response.type!r}: leave out one of them, or send "
+            "tool_choice='none'"
+        )
+    schema = {"type": "object"} if response.json_schema is None else response.json_schema.schema_
+    _check_schema(schema, "the schema", "response_format")
+    return grammar.or_json(without_annotations(schema))
 
 
 def _format_options(format: ResponseFormat | None) -> dict[str, Any]:
@@ -87,33 +102,46 @@ def _format_options(format: ResponseFormat | None) -> dict[str, Any]:
     return {format.type: value}
 
 
-def _named(tools: Sequence[Tool], function: str) -> dict[str, Any]:
-    """The schema of the arguments of a function."""
-    for tool in tools:
-        if tool.function.name == function:
-            return tool.function.parameters or NO_PARAMETERS
-    raise _wrong(f"tool_choice names {function!r}, which is not among the tools")
+def _functions(tools: Sequence[Tool], named: str | None) -> list[Function]:
+    """The functions that may be called: all, or the one that is named."""
+    functions = [Function(tool.function.name, _schema(tool)) for tool in tools]
+    names = [each.name for each in functions]
+    if len(set(names)) < len(names):
+        raise invalid_value("two tools have the same name", "tools")
+    if named is None:
+        return functions
+    if named not in names:
+        raise _wrong(f"tool_choice names {named!r}, which is not among the tools")
+    return [functions[names.index(named)]]
 
 
-def _any_of(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The schema of a call of one of these functions, with its name."""
-    calls = []
-    for tool in tools:
-        parameters = tool.function.parameters or NO_PARAMETERS
-        if '"$ref"' in json.dumps(parameters):
-            raise _wrong(
-                f"the parameters of {tool.function.name!r} have a $ref, which is read from the "
-                "beginning of a schema: name the function in tool_choice"
-            )
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": parameters},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+def _schema(tool: Tool) -> dict[str, Any]:
+    """The schema of a function's arguments, which are an object."""
+    parameters = tool.function.parameters or NO_PARAMETERS
+    what = f"the parameters of {tool.function.name!r}"
+    if parameters.get("type", "object") != "object":
+        raise invalid_value(f"{what} are not of the type 'object'", "tools")
+    _check_schema(parameters, what, "tools")
+    made: dict[str, Any] = without_annotations(parameters)
+    return {"type": "object"} | made
+
+
+def _check_schema(schema: dict[str, Any], what: str, param: str) -> None:
+    try:
+        check_schema(schema)
+    except RequestError as error:
+        raise invalid_value(f"{what}: {error}", param) from None
+
+
+def _unknown_format(model: ServedModel) -> ApiError:
+    return ApiError(
+        400,
+        f"it is not known in which format {model.name!r} calls tools, because its chat template "
+        "names none that is read: send tool_choice='required', a function or 'none', or let the "
+        f"operator name one of {', '.join(FORMATS)} with --tool-call-parser",
+        param="tool_choice",
+        code="unsupported_value",
+    )
 
 
 def _wrong(text: str) -> ApiError:

@@ -68,6 +68,9 @@ class ChatTemplate:
 
     Raises:
         LoadError: it is no template.
+
+    Attributes:
+        source: its text.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
@@ -80,7 +83,7 @@ class ChatTemplate:
             "strftime_now": _now,
         }
         environment.globals.update(functions)
-        self._tokens = dict(tokens)
+        self.source, self._tokens = source, dict(tokens)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:

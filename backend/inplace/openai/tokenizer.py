@@ -8,13 +8,20 @@ are looked for only where there are no marks.
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from inplace.drivers.detokenizer import BYTE_TOKEN, TokenizerError, decode, encode
+from inplace.drivers.detokenizer import (
+    BYTE_TOKEN,
+    Detokenizer,
+    TokenizerError,
+    decode,
+    encode,
+)
 from inplace.drivers.parsing import first_tokens
 
 MARKS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
@@ -80,12 +87,16 @@ class TextTokenizer:
 
     Args:
         tokenizer: as it was loaded.
+
+    Attributes:
+        added_tokens: the tokens that are not of the vocabulary of texts.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._first = first_tokens(tokenizer)
         added: dict[int, AddedToken] = tokenizer.get_added_tokens_decoder()
+        self.added_tokens = frozenset(added)
         # runs of spaces are added tokens of some tokenizers and stand for nothing else
         self._added = {each.content: (i, each) for i, each in added.items() if each.content.strip()}
         longest = sorted(self._added, key=len, reverse=True)
@@ -213,10 +224,78 @@ class TextTokenizer:
         """
         return decode(self._tokenizer, list(ids))
 
+    def added_token(self, text: str) -> int | None:
+        """The added token with this text; None if there is none."""
+        return self._added[text][0] if text in self._added else None
+
+    def with_markers(self, prompt: Sequence[int], markers: Iterable[str]) -> "MarkedText":
+        """The text of a generation, with those of its special tokens that are such markers.
+
+        Args:
+            prompt: the tokens before.
+            markers: texts, some of which may be special tokens.
+        """
+        special = {token for token, added in self._added.values() if added.special}
+        shown = {
+            token: text
+            for text in markers
+            if (token := self.added_token(text)) is not None and token in special
+        }
+        return MarkedText(self._tokenizer, prompt, special, shown)
+
     def first_added_token(self, text: str) -> int | None:
         """The added token with which a text begins, if it begins with one."""
         match = self._pattern.match(text) if self._pattern is not None else None
         return self._added[match[0]][0] if match else None
+
+
+class MarkedText:
+    """The text of a generation in which some special tokens have their text.
+
+    The backend's text has none of special tokens. Where one belongs is found by decoding the tokens
+    before it; nothing is decoded where there is no such token in the vocabulary.
+
+    Args:
+        tokenizer: of the model.
+        prompt: the tokens before.
+        special: the special tokens.
+        shown: the text of those to show.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        special: Collection[int],
+        shown: Mapping[int, str],
+    ) -> None:
+        self._shown = shown
+        self._detokenizer = Detokenizer(tokenizer, list(prompt), special) if shown else None
+        self._waiting: deque[tuple[int, str]] = deque()  # characters before a marker, and its text
+        self._decoded = self._received = 0
+
+    def append(self, tokens: Sequence[int], text: str) -> str:
+        """Add a piece of a generation; returns its text with the markers in it.
+
+        Args:
+            tokens: of the piece.
+            text: the backend's text, which may come later than its tokens.
+        """
+        if self._detokenizer is None:
+            return text
+        for token in tokens:
+            if token in self._shown:
+                self._waiting.append((self._decoded, self._shown[token]))
+            else:
+                self._decoded += len(self._detokenizer.append([token]))
+        parts, done, begin = list[str](), 0, self._received
+        self._received += len(text)
+        while self._waiting and self._waiting[0][0] <= self._received:
+            place, marker = self._waiting.popleft()
+            end = max(done, place - begin)
+            parts += [text[done:end], marker]
+            done = end
+        return "".join([*parts, text[done:]])
 
 
 def _unknown(model: dict[str, Any]) -> set[int]:

@@ -10,7 +10,7 @@ trap 'rm -rf "$scratch"' EXIT
 "$scratch/uv/bin/pip" install -q --disable-pip-version-check uv==0.13.9
 compile() { "$scratch/uv/bin/uv" pip compile -q --generate-hashes --no-annotate --no-header "$@"; }
 compile requirements.in --no-deps --universal --python-version 3.11 -o "$scratch/all"
-compile pyproject.toml --extra runtime --extra client --constraint requirements.in \
+compile pyproject.toml --extra runtime --extra client --extra openai --constraint requirements.in \
     --python-version 3.12 --python-platform x86_64-manylinux_2_28 -o "$scratch/server"
 mv "$scratch/all" requirements.lock
 mv "$scratch/server" requirements-server.lock

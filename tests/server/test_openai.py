@@ -6,10 +6,7 @@ import json
 import logging
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -501,30 +498,6 @@ def test_keys_and_their_limits(served: Served, stream_models: Path, tmp_path: Pa
     written = log.read_text() + text
     assert "POST /v1/completions 200" in written
     assert not any(secret in written for secret in (key, other, record.sha256))
-
-
-def test_sigterm_lets_requests_finish(served: Served, stream_models: Path) -> None:
-    """The command, as a process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "inplace_builder", "openai", f"--port={port}"]
-    command += [f"--server={served.server.grpc_url}", f"--model-repository={stream_models}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert any("running on http://127.0.0.1" in line for line in process.stderr)
-        with Front(port).client() as client:
-            stream = client.chat.completions.create(
-                model=MODEL, messages=CHAT, stream=True, extra_body=LONG
-            )
-            first = next(stream)
-            process.send_signal(signal.SIGTERM)
-            *_, last = stream
-        assert first.choices[0].delta.role == "assistant"
-        assert last.choices[0].finish_reason == "length"
-        assert process.wait(timeout=30) == 0
-        with pytest.raises(OSError, match="refused"):
-            Front(port).send("/health")
 
 
 def test_the_chat_page_runs_nothing_but_its_own_script(front: Front) -> None:

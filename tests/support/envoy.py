@@ -1,4 +1,4 @@
-"""The router of `deploy/kubernetes/envoy.yaml` before local servers: Envoy itself, other ports."""
+"""The router of `deploy/kubernetes` before local servers: Envoy itself, other ports."""
 
 import socket
 import subprocess
@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import yaml
 from inplace_builder.tools.tritonserver import TritonServer
+
+from support.containers import pod
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "kubernetes" / "envoy.yaml"
 ENVOY = Path(sys.executable).with_name("envoy")
@@ -59,7 +61,11 @@ class Envoy:
         return f"http://127.0.0.1:{self.ports['http']}"
 
     def __enter__(self) -> Self:
-        command = [str(ENVOY), "-c", str(self._path), "--concurrency", "1", "--use-dynamic-base-id"]
+        [container] = pod("router.yaml")["containers"]
+        name, *arguments = container["args"]
+        assert name == ENVOY.name
+        arguments = [each.replace("/etc/envoy/envoy.yaml", str(self._path)) for each in arguments]
+        command = [str(ENVOY), *arguments, "--concurrency", "1", "--use-dynamic-base-id"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         until = time.monotonic() + 30

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,11 +35,16 @@ FILES = {
     "envoy": [KUBERNETES / "envoy.yaml"],
     **{
         f"kubernetes {version}": [
-            KUBERNETES / f"{name}.yaml" for name in ("server", "router", "network")
+            KUBERNETES / f"{name}.yaml" for name in ("server", "openai", "router", "network")
         ]
         for version in VERSIONS
     },
 }
+PODS = [
+    ("server.yaml", "StatefulSet", "inplace-server"),
+    ("openai.yaml", "Deployment", "inplace-openai"),
+    ("router.yaml", "Deployment", "inplace-router"),
+]
 MISTAKES = {
     "hadolint": ("--no-cache-dir", "--no-cache"),  # DL3042
     "compose": ("shm_size: 1gb", "shm_sise: 1gb"),
@@ -139,7 +145,7 @@ def test_what_compose_and_kustomize_mount_exists() -> None:
         for job in scraped["scrape_configs"]
         for each in job["static_configs"]
         for target in each["targets"]
-    ] == ["server:8002"]
+    ] == ["server:8002", "openai:9000"]
     assert all((DEPLOY / "prometheus" / file).is_file() for file in scraped["rule_files"])
     [source] = yaml.safe_load(
         (DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text()
@@ -198,32 +204,102 @@ def test_every_request_that_passes_goes_to_the_replica_of_its_hash() -> None:
             assert cluster["ignore_health_on_host_removal"]
 
 
-def test_only_the_router_and_prometheus_reach_a_server() -> None:
-    policy = resource("network.yaml", "NetworkPolicy", "inplace-server")["spec"]
-    labels = pod_labels("server.yaml", "StatefulSet", "inplace-server")
-    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
-    routed, scraped = policy["ingress"]
-    [source] = routed["from"]
-    router = pod_labels("router.yaml", "Deployment", "inplace-router")
-    assert source["podSelector"]["matchLabels"].items() <= router.items()
-    assert [port["port"] for port in routed["ports"]] == [8000, 8001]
-    assert [port["port"] for port in scraped["ports"]] == [8002]
-    assert policy["egress"] == []
+def names_of(peers: list[dict[str, Any]]) -> list[str]:
+    """The pods of a rule of a policy, of its own namespace."""
+    assert all(peer.keys() == {"podSelector"} for peer in peers)
+    return [peer["podSelector"]["matchLabels"]["app.kubernetes.io/name"] for peer in peers]
+
+
+def ports_of(rule: dict[str, Any]) -> list[int]:
+    return [port["port"] for port in rule["ports"]]
+
+
+def test_clients_reach_the_front_end_and_not_tritons_ports() -> None:
+    """Only with a label of their own do they reach the router, which has Triton's protocol."""
+    policies = {policy["metadata"]["name"]: policy["spec"] for policy in documents("network.yaml")}
+    for file, kind, name in PODS:
+        selected = policies[name]["podSelector"]["matchLabels"]
+        assert selected.items() <= pod_labels(file, kind, name).items()
+        assert policies[name]["policyTypes"] == ["Ingress", "Egress"]
+    routed, front, scraped = policies["inplace-server"]["ingress"]
+    assert (names_of(routed["from"]), ports_of(routed)) == (["inplace-router"], [8000, 8001])
+    assert (names_of(front["from"]), ports_of(front)) == (["inplace-openai"], [8001])
+    assert ports_of(scraped) == [8002]
+    assert policies["inplace-server"]["egress"] == []
+    [clients] = policies["inplace-router"]["ingress"]
+    [peer] = clients["from"]
+    assert peer["podSelector"]["matchLabels"] == {"inplace-client": "true"}
+    [everyone] = policies["inplace-openai"]["ingress"]
+    assert everyone == {"ports": [{"port": 9000}]}
+    for name, reached in (("inplace-router", [8000, 8001]), ("inplace-openai", [8001])):
+        servers, names = policies[name]["egress"]
+        assert (names_of(servers["to"]), ports_of(servers)) == (["inplace-server"], reached)
+        assert set(ports_of(names)) == {53}
+
+
+def test_the_front_end_knows_every_replica_of_the_server() -> None:
+    """tests/server/test_deployment.py runs this command line."""
+    [container] = pod("openai.yaml", "Deployment", "inplace-openai")["containers"]
+    arguments = dict(each.partition("=")[::2] for each in container["args"])
+    servers = resource("server.yaml", "StatefulSet", "inplace-server")["spec"]
+    assert arguments["--server"].split(",") == [
+        f"inplace-server-{number}.{servers['serviceName']}:8001"
+        for number in range(servers["replicas"])
+    ]
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["openai"]
+    same = {"--server": "server:8001", "--keys": "/run/secrets/openai_keys"}
+    assert dict(each.partition("=")[::2] for each in compose["command"]) == arguments | same
+    assert [port.rpartition(":")[2] for port in compose["ports"]] == [arguments["--port"]]
+    [server] = pod("server.yaml", "StatefulSet", "inplace-server")["containers"]
+    assert container["image"] == server["image"] == compose["image"]
+    for which in (arguments["--model-repository"], arguments["--keys"].rpartition("/")[0]):
+        assert which in [mount["mountPath"] for mount in container["volumeMounts"]]
+
+
+def test_the_image_has_what_the_front_end_imports() -> None:
+    locked = (ROOT / "requirements-server.lock").read_text()
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]["openai"]
+    for requirement in extra[1:]:
+        assert f"\n{re.split('[>=]', requirement)[0]}==" in f"\n{locked}"
 
 
 def test_containers_cannot_write_their_own_files() -> None:
-    for file, kind, name in (
-        ("server.yaml", "StatefulSet", "inplace-server"),
-        ("router.yaml", "Deployment", "inplace-router"),
-    ):
+    for file, kind, name in PODS:
         for container in pod(file, kind, name)["containers"]:
             assert container["securityContext"]["readOnlyRootFilesystem"]
             assert not container["securityContext"]["allowPrivilegeEscalation"]
+            assert container["resources"]["limits"]["memory"]
+            assert all(
+                mount.get("readOnly") or mount["mountPath"] in ("/tmp", "/dev/shm")
+                for mount in container["volumeMounts"]
+            )
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     assert compose["services"]["server"]["read_only"]
+    assert compose["services"]["openai"]["read_only"]
     password = compose["services"]["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD__FILE"]
     assert password == "/run/secrets/grafana_password"
     assert compose["secrets"]["grafana_password"] == {"environment": "GRAFANA_PASSWORD"}
+
+
+def test_keys_are_secrets() -> None:
+    spec = pod("openai.yaml", "Deployment", "inplace-openai")
+    [keys] = [volume for volume in spec["volumes"] if volume["name"] == "keys"]
+    assert keys["secret"]["defaultMode"] == 0o440
+    assert spec["securityContext"]["fsGroup"] == spec["securityContext"]["runAsGroup"]
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    assert compose["services"]["openai"]["secrets"] == ["openai_keys"]
+    assert set(compose["secrets"]["openai_keys"]) == {"file"}
+    [scraped] = [
+        job
+        for job in yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())[
+            "scrape_configs"
+        ]
+        if job["job_name"] == "openai"
+    ]
+    assert scraped["authorization"] == {"credentials_file": "/run/secrets/metrics_key"}
+    assert compose["services"]["prometheus"]["secrets"] == ["metrics_key"]
 
 
 DIGEST = "sha256:" + "0" * 64
@@ -284,6 +360,20 @@ def test_a_replica_is_ready_when_its_models_are_and_drains_before_it_is_killed()
         router["terminationGracePeriodSeconds"]
         > router["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
     )
+    front = pod("openai.yaml", "Deployment", "inplace-openai")
+    [container] = front["containers"]
+    [drain] = [
+        int(argument.partition("=")[2])
+        for argument in container["args"]
+        if argument.startswith("--drain-timeout=")
+    ]
+    left = container["lifecycle"]["preStop"]["sleep"]["seconds"] + drain
+    assert front["terminationGracePeriodSeconds"] > left
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    assert int(services["openai"]["stop_grace_period"].removesuffix("s")) > drain
+    assert container["readinessProbe"]["httpGet"]["path"] == "/health"  # 503 without a server
+    for probe in ("startupProbe", "livenessProbe"):  # a server that is gone restarts no front end
+        assert container[probe]["httpGet"] == {"path": "/", "port": "openai"}
 
 
 def test_the_dashboards_panels_are_laid_out() -> None:

@@ -355,6 +355,12 @@ def serve(
     arguments = list(context.args)
     if model is not None and model.startswith("-"):  # an option of tritonserver
         arguments, model = [model, *arguments], None
+    with_front = openai if openai is not None else model is not None
+    if with_front:
+        with _errors("serve", "server"):
+            from inplace_builder.tools.one_command import check_plain
+
+            check_plain(arguments)
     if model is not None:
         with _errors("serve", "builder"):
             options = _build_options(dtype, capacity, slots, prompt_logprobs=prompt_logprobs)
@@ -385,7 +391,7 @@ def serve(
             for name, reason in server.failed_models().items():
                 console.print(f"model {name} could not be loaded: {reason}", soft_wrap=True)
             front = None
-            if openai if openai is not None else model is not None:
+            if with_front:
                 front = FrontProcess(
                     FrontOptions(openai_host, openai_port, keys),
                     server.grpc_url,

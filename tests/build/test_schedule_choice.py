@@ -10,6 +10,7 @@ from inplace.drivers import StepDriver
 from inplace.errors import Code, RequestError
 from inplace.parameters import Parameter
 from inplace.protocol import LANGUAGE, POSITION, SAMPLE_RATE, SEQUENCE_KEY
+from inplace.runtime.batcher import Answer
 from inplace.runtime.requests import NO_PARAMETERS, Request
 from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.served import Manifest, Program, check_schedules
@@ -127,6 +128,23 @@ def test_an_end_without_a_schedule_only_ends(tmp_path: Path) -> None:
         assert len(driver.instance.table) == 0  # an END takes effect all the same
     finally:
         driver.close()
+
+
+def test_an_output_that_its_schedule_does_not_have_is_refused(driver: StepDriver) -> None:
+    def answer(named: frozenset[str]) -> Answer:
+        inputs = {"entries": torch.tensor([[1, 2, 3, 4.0]])}
+        return driver.run([Request(1, True, True, inputs, requested_outputs=named)])[0]
+
+    every = frozenset(spec.name for spec in driver.instance.program.outputs)
+    assert "was_set" in every  # Triton names all where the client names none
+    for named, given in ((every, {"tokens", "counted"}), ({"tokens"}, {"tokens"})):
+        outputs = answer(frozenset(named))
+        assert not isinstance(outputs, RequestError)
+        assert outputs.keys() == given
+    error = answer(frozenset({"tokens", "was_set"}))
+    assert isinstance(error, RequestError)
+    assert error.code is Code.BAD_OUTPUT
+    assert "has no outputs ['was_set']; with its inputs and flags it has ['counted'," in str(error)
 
 
 def test_inputs_that_no_schedule_has_are_refused(driver: StepDriver) -> None:

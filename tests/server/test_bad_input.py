@@ -235,6 +235,9 @@ def test_logits_are_returned_to_a_client_that_requests_them(
         outputs = [InferRequestedOutput(name) for name in names] or None
         result = send(client, tokens(1), 650 + index, True, True, dict(parameters), outputs=outputs)
         assert {output.name for output in result.get_response().outputs} == expected
+    outputs = [InferRequestedOutput("token_logprobs")]
+    with pytest.raises(InferenceServerException, match=r"INPLACE-BAD_OUTPUT .* need the parameter"):
+        send(client, tokens(1), 650, True, True, outputs=outputs)
 
 
 def test_parameters_of_triton_and_floats_arrive(

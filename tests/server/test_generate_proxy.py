@@ -15,7 +15,7 @@ from support.models import greedy
 from support.served import CAPACITY, MODEL, SLOTS, Served, Stream
 from support.streams import prompt
 from support.vocabulary import added, tiny_tokenizer
-from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 pytestmark = pytest.mark.server
@@ -195,6 +195,25 @@ def test_a_request_that_names_a_sequence_is_refused(served: Served) -> None:
         error = str(answers.get(timeout=30))
     assert "INPLACE-BAD_PARAMETER" in error
     assert "this model takes no correlation id and no sequence flags" in error
+
+
+def test_log_probabilities_that_a_request_does_not_ask_for_are_refused(served: Served) -> None:
+    tensor = InferInput("input_ids", [1, 2], "INT64")
+    tensor.set_data_from_numpy(np.array([[1, 2]]))
+    answers: SimpleQueue[InferenceServerException | None] = SimpleQueue()
+    with InferenceServerClient(served.server.grpc_url) as client:
+        client.start_stream(lambda result, error: answers.put(error))
+        for parameters in ({"max_tokens": 1}, {"max_tokens": 1, "logprobs": 0}):
+            outputs = [InferRequestedOutput("tokens"), InferRequestedOutput("token_logprobs")]
+            client.async_stream_infer(
+                f"{MODEL}_generate", [tensor], outputs=outputs, parameters=parameters
+            )
+            error = answers.get(timeout=30)
+            if "logprobs" in parameters:
+                assert error is None
+            else:
+                assert "INPLACE-BAD_OUTPUT" in str(error)
+                assert "['token_logprobs'] need the parameters ['logprobs']" in str(error)
 
 
 def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:

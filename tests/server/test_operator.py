@@ -3,6 +3,7 @@
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from inplace_builder.tools.tritonserver import (
     install_backend,
     installation,
 )
-from support.faults import eventually
 from support.manifests import edit
 from support.models import Repository
 from support.pool import Deployment, ServerPool
@@ -160,26 +160,52 @@ def test_a_server_whose_python_is_another_is_refused(
 def test_inplace_serve_serves_until_it_is_told_to_end(
     repository: Repository, tmp_path: Path
 ) -> None:
+    """Without a model that cannot be loaded, if so asked; sequences that are left delay no end."""
     ports = Ports(0, 0, 0).resolve()
     where = [
         f"--grpc-port={ports.grpc}",
         f"--http-port={ports.http}",
         f"--metrics-port={ports.metrics}",
     ]
-    models = _alone(repository, tmp_path, "brief").parent.parent
+    models = _alone(repository, tmp_path, "llama").parent.parent
+    _damage(Deployment(repository.path / "accumulator", "damaged"), models)
     options = [*where, "--model-repository", str(models), "--log-file", str(tmp_path / "log")]
+    options += ["--start-timeout=100", "--exit-on-error=false"]
     command = [sys.executable, "-m", "inplace_builder", "serve", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert f"gRPC 127.0.0.1:{ports.grpc}" in process.stdout.readline()
+            assert "model damaged could not be loaded: " in process.stdout.readline()
             with InferenceServerClient(f"127.0.0.1:{ports.grpc}") as client:
-                Sequence(client, "brief").tokens(
-                    [1, 2, 3]
-                )  # left alive: Triton waits for it, until it has been idle
+                Sequence(client, "llama").tokens([1, 2, 3])  # left alive: Triton waits for it
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
+            begin = time.monotonic()
         assert process.wait(60) == 0
+        assert time.monotonic() - begin < 15  # it waits 30 s for a sequence that does not end
+        assert "stopping: running requests may finish for 30 s" in process.stdout.read()
+
+
+def _damage(deployment: Deployment, models: Path) -> None:
+    """Copy a model into a repository without most of its engine."""
+    [name] = deployment.copy_to(models)
+    engine = models / name / "1" / "engine.safetensors"
+    engine.write_bytes(engine.read_bytes()[:1000])
+
+
+def test_a_server_that_does_not_start_says_why(no_models: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    server = TritonServer(no_models, Ports(0, 0, 0), log=log, arguments=["--no-such-option=1"])
+    with pytest.raises(ServerError, match=r"ended with status 1\n  .*no-such-option"), server:
+        pass
+    server = TritonServer(no_models, Ports(0, 0, 0), log=log, start_timeout=0.0)
+    with pytest.raises(ServerError, match="was not ready after 0 s"), server:
+        pass
+    off = ["--allow-grpc=false", "--allow-http=false"]
+    server = TritonServer(no_models, Ports(0, 0, 0), log=log, arguments=off)
+    with pytest.raises(ServerError, match="neither gRPC nor HTTP"), server:
+        pass
 
 
 def _alone(repository: Repository, tmp_path: Path, name: str) -> Path:
@@ -226,37 +252,19 @@ def test_a_truncated_engine_file_is_refused_and_other_models_are_served(
     repository: Repository, tmp_path: Path
 ) -> None:
     models = tmp_path / "models"
-    for name in ("damaged", "whole"):
-        Deployment(repository.path / "accumulator", name).copy_to(models)
-    engine = models / "damaged" / "1" / "engine.safetensors"
-    engine.write_bytes(engine.read_bytes()[:1000])
-    server = TritonServer(
-        models, Ports(0, 0, 0), log=tmp_path / "log", arguments=["--exit-on-error=false"]
-    )
-    server.start()
-    try:
-        with InferenceServerClient(server.grpc_url) as client:
-            process = server.process
-            assert process is not None
-            eventually(
-                lambda: process.poll() is not None or _ready(client, "whole"), "it is served"
-            )
-            assert process.poll() is None
-            assert not client.is_model_ready("damaged")
-            assert server.log is not None
-            assert "engine.safetensors has 1,000 bytes, the manifest says" in server.log.read_text(
-                errors="replace"
-            )
-    finally:
-        server.stop()
-
-
-def _ready(client: InferenceServerClient, model: str) -> bool:
-    """Whether the model is served; False where the server does not listen yet."""
-    try:
-        return bool(client.is_model_ready(model, client_timeout=2.0))
-    except InferenceServerException:
-        return False
+    Deployment(repository.path / "accumulator", "whole").copy_to(models)
+    _damage(Deployment(repository.path / "accumulator", "damaged"), models)
+    arguments = ["--exit-on-error=false", "--allow-grpc=false"]
+    server = TritonServer(models, Ports(0, 0, 0), log=tmp_path / "log", arguments=arguments)
+    with server:  # without gRPC it is asked over HTTP
+        assert server.failed_models().keys() == {"damaged"}
+        ready = f"http://{server.host}:{server.ports.http}/v2/models/whole/ready"
+        with urllib.request.urlopen(ready, timeout=10) as answer:
+            assert answer.status == 200
+        assert server.log is not None
+        assert "engine.safetensors has 1,000 bytes, the manifest says" in server.log.read_text(
+            errors="replace"
+        )
 
 
 def test_the_example_of_a_module_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:

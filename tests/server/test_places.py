@@ -9,7 +9,6 @@ import queue
 import signal
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -220,7 +219,7 @@ def test_under_tls_and_a_restricted_protocol_the_server_ends_too(
         "--grpc-use-ssl=true",
         f"--grpc-server-cert={certificate[0]}",
         f"--grpc-server-key={certificate[1]}",
-        "--grpc-restricted-protocol=inference,health:admin-key=secret",
+        "--grpc-restricted-protocol=inference,health,model-repository:admin-key=secret",
         "--exit-timeout-secs=6",
     ]
     if mutual:
@@ -231,8 +230,7 @@ def test_under_tls_and_a_restricted_protocol_the_server_ends_too(
     server.start()
     try:
         assert server.process is not None
-        ready = f"http://127.0.0.1:{server.ports.http}/v2/health/ready"
-        eventually(lambda: status(ready) == 200, "it is ready", 120.0)
+        server.wait_ready()
         with secure_stream(server, certificate, mutual) as talk:
             assert talk.request("idle", PROMPT, 5, start=True).reason == "length"
             talk.send("running", PROMPT, ENDLESS, start=True)
@@ -295,14 +293,3 @@ def secure_stream(server: TritonServer, certificate: tuple[Path, Path], mutual: 
     )
     headers = {"triton-grpc-protocol-admin-key": "secret"}
     return GrpcStream(server.grpc_url, "teller", client, headers)
-
-
-def status(url: str) -> int:
-    """The status of a GET; 0 if nothing listens."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return 0

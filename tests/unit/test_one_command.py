@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from inplace.errors import InplaceError
 from inplace_builder.capture.sources import locate_model
 from inplace_builder.errors import BuildError
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.tools.one_command import _content_key, model_name
+from inplace_builder.tools.one_command import _content_key, check_plain, model_name
 
 OPTIONS = BuildOptions(serve="stream")
 
@@ -41,3 +42,11 @@ def test_a_model_is_called_as_its_folder(tmp_path: Path) -> None:
     assert named("a model (new)") == "a-model-new"
     with pytest.raises(BuildError, match="rename the folder"):
         named("é")
+
+
+def test_a_front_end_that_could_not_reach_its_server_is_refused() -> None:
+    check_plain(["--exit-on-error=false", "--grpc-restricted-protocol=trace:key=value"])
+    restricted = "--grpc-restricted-protocol=health:key=value"
+    for option in ("--grpc-use-ssl=true", "--allow-grpc=false", restricted):
+        with pytest.raises(InplaceError, match="--no-openai"):
+            check_plain([option])

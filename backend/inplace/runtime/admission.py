@@ -10,11 +10,11 @@ import torch
 from inplace.engines.arena import Arena
 from inplace.errors import Code, LoadError, RequestError
 from inplace.parameters import forwards_nothing, parse_parameters
-from inplace.protocol import FORGET, GROUP, LOGITS
+from inplace.protocol import FORGET, GROUP, LOGITS, LOGPROBS, PROMPT_LOGPROBS
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.observer import Observer
 from inplace.runtime.prefixes import PrefixCache
-from inplace.runtime.prompt import PromptLogprobs
+from inplace.runtime.prompt import PROMPT_OUTPUTS, PromptLogprobs, prompt_outputs
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
 from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import EndReason, SequenceState, SlotTable
@@ -63,6 +63,11 @@ class Admission:
         self._default_outputs = frozenset(spec.name for spec in outputs if not spec.on_request)
         self._optional_outputs = frozenset(
             spec.name for spec in outputs if spec.on_request and spec.role not in LOGPROB_ROLES
+        )
+        self._all_outputs = frozenset(spec.name for spec in outputs)
+        prompt = frozenset[str]() if prompt_program is None else PROMPT_OUTPUTS
+        self._logprob_outputs = prompt.union(
+            spec.name for spec in outputs if spec.role in LOGPROB_ROLES
         )
         io = self.program.decoder_io
         # What penalties count, where the program has them, and prefixes are found by.
@@ -124,12 +129,16 @@ class Admission:
                 request, key_digest, inputs, num_tokens, requested_outputs=self._outputs(request)
             )
             if not names:
+                self._check_logprob_outputs(request, frozenset())
                 return validated
             sampling_params = request.sampling_params(self.program)
             if not sampling_params.is_greedy:  # else GREEDY itself: its batches form faster
                 validated.sampling_params = sampling_params
                 validated.requested_outputs |= sampling_params.outputs
             validated.prompt_logprobs = request.prompt_logprobs(self._prompt_program)
+            self._check_logprob_outputs(
+                request, sampling_params.outputs | prompt_outputs(validated.prompt_logprobs)
+            )
             validated.position = request.position()
             validated.source = request.source()
             validated.cache_salt = request.cache_salt()
@@ -167,6 +176,29 @@ class Admission:
                 f" {sorted(self._default_outputs)}",
             )
         return self._default_outputs | asked
+
+    def _check_logprob_outputs(self, request: Request, asked: frozenset[str]) -> None:
+        """Refuse a request that names log-probabilities which it does not ask for.
+
+        Triton passes on a request that names no outputs as if it named all of the model's.
+
+        Args:
+            request: the request.
+            asked: the outputs that its parameters ask for.
+
+        Raises:
+            RequestError: BAD_OUTPUT.
+        """
+        named = request.requested_outputs
+        if named is None or named >= self._all_outputs:
+            return
+        if missing := sorted((named & self._logprob_outputs) - asked):
+            needed = sorted({PROMPT_LOGPROBS if n in PROMPT_OUTPUTS else LOGPROBS for n in missing})
+            raise RequestError(
+                Code.BAD_OUTPUT,
+                f"the outputs {missing} need the parameters {needed}, above 0 for the most likely"
+                f" tokens: send them, or do not name these outputs",
+            )
 
     def admit_validated(self, validated: ValidatedRequest) -> ActiveRequest:
         """Give a request its sequence; after this, only the engine can make it fail.

@@ -30,6 +30,17 @@ PROMPT_OUTPUTS = TOKEN_OUTPUTS | {PROMPT_TOKENS}
 """Names of the outputs of the parameter ``prompt_logprobs``."""
 
 
+TOP_OUTPUTS = frozenset({PROMPT_TOP_LOGPROBS, PROMPT_TOP_TOKENS})
+"""Those of them that a parameter above 0 asks for."""
+
+
+def prompt_outputs(number: int | None) -> frozenset[str]:
+    """The outputs that the parameter ``prompt_logprobs`` asks for; none without it."""
+    if number is None:
+        return frozenset()
+    return PROMPT_OUTPUTS if number else PROMPT_OUTPUTS - TOP_OUTPUTS
+
+
 UNKNOWN = {
     PROMPT_TOKEN_LOGPROBS: float("nan"),
     PROMPT_RANKS: 0,
@@ -79,7 +90,7 @@ class PromptLogprobs:
         for name, chunks in self._chunks.items():
             whole_numbers = isinstance(UNKNOWN[name], int)
             dtype = torch.int64 if whole_numbers else torch.float32
-            is_top = name in (PROMPT_TOP_LOGPROBS, PROMPT_TOP_TOKENS)
+            is_top = name in TOP_OUTPUTS
             if is_top and not self._number:
                 continue
             shape = (self._missing, self._number) if is_top else (self._missing,)

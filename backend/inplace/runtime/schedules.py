@@ -255,9 +255,24 @@ class ScheduledInstance(ModelInstance):
         return rows[: self.max_rows[others[0]]]
 
     def _outputs(self, request: Request) -> frozenset[str]:
-        """As for one program, without the outputs that the client has not named."""
+        """As for one program, without the outputs that the client has not named.
+
+        Raises:
+            RequestError: BAD_OUTPUT, it names some of the model's outputs, and one of them is none
+                of its schedule's.
+        """
         outputs, named = super()._outputs(request), request.requested_outputs
-        return outputs if named is None else outputs & named
+        if named is None:
+            return outputs
+        has = frozenset(spec.name for spec in self._interface(request).outputs)
+        missing = sorted((named & self._all_outputs) - has)
+        if missing and not named >= self._all_outputs:
+            raise RequestError(
+                Code.BAD_OUTPUT,
+                f"this request has no outputs {missing}; with its inputs and flags it has"
+                f" {sorted(has)}",
+            )
+        return outputs & named
 
     def launch(self, rows: list[ActiveRequest], token_budget: int | None = None) -> InFlightStep:
         """Launch calls of the program at which these rows are, the same for all."""

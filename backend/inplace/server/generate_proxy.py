@@ -25,6 +25,7 @@ from inplace.protocol import (
     FINISH_REASON,
     FOREIGN_PROMPTS,
     INPUT_IDS,
+    LOGPROBS,
     MAX_TOKENS,
     POSITION,
     SEQUENCE_KEY,
@@ -34,7 +35,7 @@ from inplace.protocol import (
     TOKENS,
 )
 from inplace.runtime.observer import log_line
-from inplace.runtime.requests import Request
+from inplace.runtime.requests import Request, SamplingParams
 from inplace.schema.proxy import ProxyFile
 from inplace.server.messages import (
     FLAG_END,
@@ -44,7 +45,7 @@ from inplace.server.messages import (
     error_response,
     read_id,
 )
-from inplace.server.model_config import check_model_config, proxy_tensors
+from inplace.server.model_config import LOGPROB_DIMS, check_model_config, proxy_tensors
 from inplace.server.settings import forwarded_headers, matches
 
 CANCEL_POLL_SECONDS = 0.03
@@ -87,10 +88,9 @@ class GenerateProxy:
 
     def __init__(self, args: dict[str, str]) -> None:
         file = ProxyFile.load(Path(args["model_repository"]) / args["model_version"])
-        check_model_config(
-            json.loads(args["model_config"]),
-            proxy_tensors(has_tokenizer=file.has_tokenizer, has_logprobs=file.has_logprobs),
-        )
+        tensors = proxy_tensors(has_tokenizer=file.has_tokenizer, has_logprobs=file.has_logprobs)
+        check_model_config(json.loads(args["model_config"]), tensors)
+        self._outputs = frozenset(tensor.name for tensor in tensors.outputs)
         self._model = file.model
         self._max_requests = file.max_requests
         self._is_forwarded = partial(matches, forwarded_headers(args["model_config"]))
@@ -119,6 +119,7 @@ class GenerateProxy:
             proxied = _ProxiedRequest(
                 self._model,
                 request,
+                self._outputs,
                 self._is_forwarded,
                 self._responses,
                 self._starts,
@@ -188,6 +189,7 @@ class _ProxiedRequest:
     Args:
         model: the stream model.
         request: the client's request.
+        outputs: the names of all outputs of the proxy.
         is_forwarded: whether a parameter is a header that the server forwards.
         responses: keeps the stream model's responses.
         starts: limits STARTs that have no response yet.
@@ -203,6 +205,7 @@ class _ProxiedRequest:
         self,
         model: str,
         request: Any,
+        outputs: frozenset[str],
         is_forwarded: Callable[[str], bool],
         responses: RecentResponses,
         starts: "StartQueue[_ProxiedRequest]",
@@ -210,7 +213,8 @@ class _ProxiedRequest:
     ) -> None:
         self.sequence_id = secrets.randbits(63) or 1
         self._model, self._request, self._sender = model, request, request.get_response_sender()
-        self._is_forwarded = is_forwarded
+        self._outputs, self._is_forwarded = outputs, is_forwarded
+        self._requested = frozenset[str](request.requested_output_names())
         self.group = self._read_group()
         self.proceed = threading.Event()
         # Outputs of the next response, and its tokens: all of the generation, unless it streams.
@@ -312,8 +316,7 @@ class _ProxiedRequest:
         """Collect outputs, and send them to the client once they are enough for a response."""
         if TOKENS in outputs:
             self._num_collected += outputs[TOKENS].as_numpy().shape[1]
-        requested = self._request.requested_output_names()
-        tensors = [tensor for name, tensor in outputs.items() if name in requested]
+        tensors = [tensor for name, tensor in outputs.items() if name in self._requested]
         complete = last or self._num_collected >= self._min_tokens
         if self._collected or not complete:
             for tensor in tensors:
@@ -385,6 +388,10 @@ class _ProxiedRequest:
             interval = values.get(STREAM_INTERVAL, 1)
             assert isinstance(interval, int)
             self._min_tokens = interval
+        if self._requested >= self._outputs:  # Triton names all of them where the client names none
+            logprobs = values.get(LOGPROBS)
+            assert logprobs is None or isinstance(logprobs, int)
+            self._requested -= LOGPROB_DIMS.keys() - SamplingParams(logprobs=logprobs).outputs
         # The backend reads numbers from texts too; a BLS request takes no float parameters. With
         # `stream_interval` a request of ours would stay unanswered and keep others from being sent.
         passed = {
@@ -410,7 +417,7 @@ class _ProxiedRequest:
             return str(self.sequence_id).encode()
 
     def _model_request(self, **fields: Any) -> Any:
-        names = {*self._request.requested_output_names(), TOKENS, FINISH_REASON}
+        names = {*self._requested, TOKENS, FINISH_REASON}
         return pb_utils.InferenceRequest(
             model_name=self._model,
             correlation_id=self.sequence_id,

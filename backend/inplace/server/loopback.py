@@ -9,7 +9,7 @@ import http.client
 import logging
 import os
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -30,7 +30,7 @@ RESTRICTED_HEADER = "triton-grpc-protocol-"
 """Prefix of the header that a restricted protocol expects."""
 
 
-PROTOCOLS = {"inference", "health"}
+PROTOCOLS = frozenset({"inference", "health"})
 """The protocols that are used here, as ``--grpc-restricted-protocol`` names them."""
 
 
@@ -87,12 +87,17 @@ class ServerOptions:
             return cls(target="", http_target="")
 
     @classmethod
-    def of(cls, command_line: CommandLine) -> Self:
-        """The options in a command line."""
+    def of(cls, command_line: CommandLine, protocols: Collection[str] = PROTOCOLS) -> Self:
+        """The options in a command line.
+
+        Args:
+            command_line: of a tritonserver.
+            protocols: those of which the headers are needed, if they are restricted.
+        """
         headers = []
         for restriction in command_line.values("grpc-restricted-protocol"):
-            protocols, _, header = restriction.partition(":")
-            if PROTOCOLS & set(protocols.split(",")):
+            restricted, _, header = restriction.partition(":")
+            if set(protocols).intersection(restricted.split(",")):
                 key, _, secret = header.partition("=")
                 headers.append((f"{RESTRICTED_HEADER}{key}".lower(), secret))
         mutual = command_line.is_true("grpc-use-ssl-mutual")
@@ -291,14 +296,24 @@ def _open_channel(options: ServerOptions) -> Any:
     ]
     if not options.tls:
         return grpc.insecure_channel(options.target, channel_options)
+    credentials, tls_options = channel_credentials(options)
+    return grpc.secure_channel(options.target, credentials, [*channel_options, *tls_options])
+
+
+def channel_credentials(options: ServerOptions) -> tuple[Any, list[tuple[str, Any]]]:
+    """The credentials of a TLS connection to the server, and the options of its channel.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    import grpc
+
     # The certificate is compared with the very file that the server presents.
     own = options.certificate.read_bytes()
     pair = (options.key.read_bytes(), own) if options.mutual else (None, None)
     name = _certificate_name(options.certificate)
-    if name:
-        channel_options.append(("grpc.ssl_target_name_override", name))
-    credentials = grpc.ssl_channel_credentials(own, *pair)
-    return grpc.secure_channel(options.target, credentials, channel_options)
+    channel_options = [("grpc.ssl_target_name_override", name)] if name else []
+    return grpc.ssl_channel_credentials(own, *pair), channel_options
 
 
 def _certificate_name(certificate: Path) -> str:

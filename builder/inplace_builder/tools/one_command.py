@@ -19,6 +19,8 @@ import torch
 from inplace import __version__
 from inplace.errors import InplaceError, LoadError
 from inplace.schema.served import Manifest
+from inplace.server.command_line import CommandLine
+from inplace.server.loopback import ServerOptions
 
 from inplace_builder.capture.sources import ModelFiles, locate_model
 from inplace_builder.errors import BuildError
@@ -132,6 +134,21 @@ class FrontOptions:
         """Of its API."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
+
+
+def check_plain(arguments: Sequence[str]) -> None:
+    """Refuse arguments of tritonserver with which the front end beside it cannot reach it.
+
+    Raises:
+        InplaceError: it has no gRPC endpoint, or one with TLS or a restricted protocol.
+    """
+    options = ServerOptions.of(CommandLine.parse(arguments))
+    if options.tls or options.headers or not options.target:
+        raise InplaceError(
+            "the front end reaches the server over gRPC, in plain text and without a header: leave "
+            "out tritonserver's options for TLS, restricted protocols and --allow-grpc, or start "
+            "without the front end (--no-openai) and run `inplace openai` by itself"
+        )
 
 
 class FrontProcess:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -12,16 +13,18 @@ import sys
 import sysconfig
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import inplace
 from inplace.errors import InplaceError
 from inplace.server.command_line import CommandLine
-from inplace.server.loopback import ServerOptions
+from inplace.server.loopback import ServerOptions, channel_credentials
 from inplace.server.trust import TRUST_MODELS
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
@@ -33,7 +36,16 @@ FAST_RECONNECT = [
 attempts grows to two minutes."""
 
 
+ASKED_PROTOCOLS = ("health", "model-repository")
+"""The protocols that are used to find out whether a server is ready, as Triton names them where it
+restricts them."""
+
+
 STUB = "triton_python_backend_stub"
+
+
+ASK_TIMEOUT = 2.0
+"""Seconds within which a server must answer whether it is ready."""
 
 
 STOP_MARGIN = 15.0
@@ -277,20 +289,23 @@ class TritonServer:
 
         tritonserver opens gRPC first: when that answers, HTTP and metrics may not listen yet. With
         ``--exit-on-error=false`` it serves without models that cannot be loaded (`failed_models`).
+        It is asked over gRPC, also under TLS and where the protocol is restricted; without gRPC
+        over HTTP.
 
         Raises:
-            ServerError: it ended, or was not ready in time; with the lines of its log that say why.
+            ServerError: it ended, was not ready in time, or cannot be asked; with the lines of its
+                log that say why.
         """
         assert self.process is not None
         deadline = time.monotonic() + self.start_timeout
-        with InferenceServerClient(self.grpc_url, channel_args=FAST_RECONNECT) as client:
+        with self._connect() as endpoint:
             while True:
                 if self.process.poll() is not None:
                     raise ServerError(
                         f"tritonserver ended {_how(self.process.returncode)}{self._logged_errors()}"
                     )
-                with contextlib.suppress(InferenceServerException):
-                    if self._serves(client) and self._endpoints_open():
+                with contextlib.suppress(InferenceServerException, OSError):
+                    if _serves(endpoint) and self._endpoints_open():
                         return
                 if time.monotonic() > deadline:
                     raise ServerError(
@@ -299,35 +314,55 @@ class TritonServer:
                     )
                 time.sleep(0.1)
 
-    def _serves(self, client: InferenceServerClient) -> bool:
-        """Whether it is ready, or cannot become ready: a model could not be loaded."""
-        if client.is_server_ready(client_timeout=2.0):
-            return True
-        return client.is_server_live(client_timeout=2.0) and bool(_failed_models(client))
-
     def failed_models(self) -> dict[str, str]:
         """The models that could not be loaded, and why; none if the server does not say."""
-        with InferenceServerClient(self.grpc_url) as client:
+        try:
+            with self._connect() as endpoint:
+                return _failed_models(endpoint)
+        except (InferenceServerException, OSError):
+            return {}
+
+    def _connect(self) -> "_Grpc | _Http":
+        """Its gRPC endpoint; its HTTP endpoint if that is turned off.
+
+        Raises:
+            ServerError: both are turned off, or a file of its TLS cannot be read.
+        """
+        options = self.options
+        if self._allows("grpc"):
             try:
-                return _failed_models(client)
-            except InferenceServerException:
-                return {}
+                return _Grpc(self.grpc_url, options)
+            except OSError as error:
+                raise ServerError(f"the server's TLS files cannot be read: {error}") from error
+        if self._allows("http"):
+            return _Http(f"{self.host}:{self.ports.http}")
+        raise ServerError(
+            "the server has neither gRPC nor HTTP, so nobody can use it: leave out --allow-grpc or "
+            "--allow-http"
+        )
 
     def _endpoints_open(self) -> bool:
         """Whether HTTP and metrics accept connections, unless ``arguments`` turn them off."""
-        arguments = " ".join(self.arguments).replace("=", " ").lower()
         for name, port in (("http", self.ports.http), ("metrics", self.ports.metrics)):
-            if re.search(rf"--allow-{name} (false|0)\b", arguments):
+            if not self._allows(name):
                 continue
             with socket.socket() as probe:
                 if probe.connect_ex((self.host, port)) != 0:
                     return False
         return True
 
+    def _allows(self, endpoint: str) -> bool:
+        return CommandLine.parse(self.arguments).is_true(f"allow-{endpoint}", True)
+
+    @property
+    def options(self) -> ServerOptions:
+        """Those of its options that say how to reach it."""
+        return ServerOptions.of(CommandLine.parse(self.arguments, Path.cwd()), ASKED_PROTOCOLS)
+
     @property
     def exit_timeout(self) -> float:
         """Seconds for which it lets requests finish when it is stopped."""
-        return ServerOptions.of(CommandLine.parse(self.arguments)).exit_timeout
+        return self.options.exit_timeout
 
     def stop(self, timeout: float | None = None) -> int:
         """Stop the process and return its exit status.
@@ -395,15 +430,81 @@ def _how(status: int) -> str:
     return f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
 
 
-def _failed_models(client: InferenceServerClient) -> dict[str, str]:
+class _Grpc:
+    """The gRPC endpoint of a server, as far as it tells whether it is ready."""
+
+    def __init__(self, url: str, options: ServerOptions) -> None:
+        arguments: dict[str, Any] = {"channel_args": list[tuple[str, Any]](FAST_RECONNECT)}
+        if options.tls:
+            arguments["creds"], more = channel_credentials(options)
+            arguments["channel_args"] += more
+        self._asking = {"headers": dict(options.headers), "client_timeout": ASK_TIMEOUT}
+        self._client = InferenceServerClient(url, **arguments)
+
+    def is_ready(self) -> bool:
+        return bool(self._client.is_server_ready(**self._asking))
+
+    def is_live(self) -> bool:
+        return bool(self._client.is_server_live(**self._asking))
+
+    def models(self) -> list[dict[str, str]]:
+        """The models with ``name``, ``state`` and ``reason``."""
+        index = self._client.get_model_repository_index(**self._asking).models
+        return [{"name": m.name, "state": m.state, "reason": m.reason} for m in index]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+
+class _Http:
+    """The same of the HTTP endpoint."""
+
+    def __init__(self, address: str) -> None:
+        self._url = f"http://{address}/v2"
+
+    def is_ready(self) -> bool:
+        return self._answers("health/ready")
+
+    def is_live(self) -> bool:
+        return self._answers("health/live")
+
+    def models(self) -> list[dict[str, str]]:
+        request = urllib.request.Request(f"{self._url}/repository/index", b"{}")
+        with urllib.request.urlopen(request, timeout=ASK_TIMEOUT) as answer:
+            return [{"state": "", "reason": ""} | each for each in json.load(answer)]
+
+    def _answers(self, path: str) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self._url}/{path}", timeout=ASK_TIMEOUT) as answer:
+                return bool(answer.status == 200)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _serves(endpoint: _Grpc | _Http) -> bool:
+    """Whether a server is ready, or cannot become ready: a model could not be loaded."""
+    return endpoint.is_ready() or (endpoint.is_live() and bool(_failed_models(endpoint)))
+
+
+def _failed_models(endpoint: _Grpc | _Http) -> dict[str, str]:
     """The models of a server that could not be loaded, and why."""
-    models = client.get_model_repository_index(client_timeout=2.0).models
-    if any(model.state == "LOADING" for model in models):
+    models = endpoint.models()
+    if any(model["state"] == "LOADING" for model in models):
         return {}
     return {
-        model.name: model.reason
+        model["name"]: model["reason"]
         for model in models
-        if model.state == "UNAVAILABLE" and model.reason not in ("", "unloaded")
+        if model["state"] == "UNAVAILABLE" and model["reason"] not in ("", "unloaded")
     }
 
 

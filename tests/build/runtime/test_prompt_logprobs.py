@@ -246,6 +246,21 @@ def test_other_values_are_refused(driver: StepDriver, value: Any, expected: str)
     assert len(driver.instance.table) == 0
 
 
+@pytest.mark.parametrize("number", [None, 0])
+def test_outputs_that_it_does_not_ask_for_are_refused(
+    driver: StepDriver, number: int | None
+) -> None:
+    parameters: dict[str, Any] = {} if number is None else {"prompt_logprobs": number}
+    asked = request(1, [1, 2], **parameters)
+    asked.requested_outputs = frozenset({"next_token", "prompt_ranks", "prompt_top_tokens"})
+    [answer] = driver.run([asked])
+    assert isinstance(answer, RequestError)
+    assert answer.code is Code.BAD_OUTPUT
+    missing = ["prompt_ranks", "prompt_top_tokens"] if number is None else ["prompt_top_tokens"]
+    assert f"the outputs {missing} need the parameters ['prompt_logprobs']" in str(answer)
+    assert len(driver.instance.table) == 0
+
+
 def test_an_engine_without_the_program_refuses(opened: ModelInstance) -> None:
     plain = ModelInstance(opened.manifest, opened.arena, opened.engine, 600.0)
     driver = StepDriver(plain)

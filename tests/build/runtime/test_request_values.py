@@ -148,6 +148,21 @@ def test_an_end_that_cannot_be_read_frees_its_slot(streams: OpenStreams) -> None
             "it has ['finish_reason', 'reused_tokens', 'text_output",
         ),
         ({"tokens"}, {}, "a step has no outputs ['tokens']; it has ['logits', 'next_token', "),
+        (
+            {"token_logprobs"},
+            {},
+            "the outputs ['token_logprobs'] need the parameters ['logprobs']",
+        ),
+        (
+            {"next_token", "token_logprobs", "top_tokens"},
+            {"logprobs": 0},
+            "the outputs ['top_tokens'] need the parameters ['logprobs'], above 0",
+        ),
+        (
+            {"tokens", "top_logprobs"},
+            {"max_tokens": 2, "temperature": 0},
+            "the outputs ['top_logprobs'] need the parameters ['logprobs']",
+        ),
     ],
 )
 def test_an_output_that_a_request_does_not_have_is_refused(

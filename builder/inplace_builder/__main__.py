@@ -17,7 +17,7 @@ from inplace.errors import InplaceError
 from rich.console import Console
 from rich.text import Text
 
-from inplace_builder.choices import Device, EngineChoice, Mechanism, Precision, Protocol
+from inplace_builder.choices import Device, EngineChoice, Mechanism, Precision, Protocol, Weights
 from inplace_builder.errors import BuildError
 
 if TYPE_CHECKING:
@@ -65,6 +65,13 @@ def build(
     dtype: Annotated[
         Precision, typer.Option(help="Element type of weights and states.")
     ] = "float32",
+    weights: Annotated[
+        Weights,
+        typer.Option(
+            help="fp8: those of linear layers are 8-bit floats with scales, the head's are not; "
+            "auto: on a GPU, where the model's are; dequantized: none are."
+        ),
+    ] = "auto",
     device: Annotated[
         Device | None,
         typer.Option(help="Where it runs; default: cpu for torch, cuda for TensorRT."),
@@ -188,6 +195,7 @@ def build(
         kind = first_engine(device) if engine == "auto" else engine
         build_options = BuildOptions(
             dtype=Dtype(dtype),
+            weights=weights,
             device=device or ("cpu" if kind == "torch" else "cuda"),
             engine=kind,
             alias=alias,

@@ -1,8 +1,9 @@
 """What a build can choose between.
 
-The command line lists these without loading PyTorch, so this module imports nothing.
+The command line lists these without loading PyTorch, so this module imports nothing else.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 Device = Literal["cpu", "cuda"]
@@ -22,3 +23,20 @@ Protocol = Literal["step", "stream"]
 
 Mechanism = Literal["plugin", "kv_cache_update", "copy"]
 """How TensorRT updates a state; see `inplace.schema.specs.AliasKind`."""
+
+Weights = Literal["auto", "fp8", "dequantized"]
+"""Whether weights of linear layers are 8-bit floats; auto: as they are stored, on a GPU."""
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """What becomes of the weights of linear layers.
+
+    Attributes:
+        kind: ``fp8``: 8-bit floats, those of the checkpoint if it has such, else rounded here;
+            ``auto``: 8-bit floats where the checkpoint has them; ``dequantized``: none.
+        activation_rows: tokens of a step from which on these are 8-bit floats too; 0 for never.
+    """
+
+    kind: Weights = "dequantized"
+    activation_rows: int = 0

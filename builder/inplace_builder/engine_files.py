@@ -28,6 +28,7 @@ from inplace_builder.graph.program import move_to_device
 from inplace_builder.graph.writer import save_graphs
 
 NO_PROGRAMS: Mapping[str, ExportedProgram] = {}
+NO_SCALES: Mapping[str, str] = {}
 NO_WEIGHTS: Mapping[str, Mapping[str, Tensor]] = {}
 TORCH_FILE, PLAN_FILE, WEIGHTS_FILE = "engine.safetensors", "engine.plan", "weights.safetensors"
 
@@ -61,8 +62,8 @@ def write_program(
             name: _share_moved(move_to_device(other, device), other, moved, exported)
             for name, other in others.items()
         }
-    save_graphs(programs, folder / file)
-    return EngineFile(file=file, kind="torch", device=device, dtype=dtype)
+    scales = save_graphs(programs, folder / file)
+    return EngineFile(file=file, kind="torch", device=device, dtype=dtype, scales=scales)
 
 
 def _share_moved(
@@ -90,6 +91,7 @@ def write_plan(
     dtype: Dtype,
     files: tuple[str, str] = (PLAN_FILE, WEIGHTS_FILE),
     written: Mapping[str, Mapping[str, Tensor]] = NO_WEIGHTS,
+    scales: Mapping[str, str] = NO_SCALES,
 ) -> EngineFile:
     """Write a plan, and the weights that it takes as inputs beside it.
 
@@ -101,6 +103,7 @@ def write_plan(
         dtype: element type of the weights.
         files: the names of the plan's file and of the weights'.
         written: the weights of files that are there already, by their names.
+        scales: the names of weights that are scales of others, by the names of these.
 
     Raises:
         OSError: it cannot be written.
@@ -112,7 +115,14 @@ def write_plan(
         if not same:
             write_tensors(folder / weights_file, weights)
         record = record.model_copy(update={"weights": [*same, weights_file][0]})
-    return EngineFile(file=plan_file, kind="tensorrt", device="cuda", dtype=dtype, plan=record)
+    return EngineFile(
+        file=plan_file,
+        kind="tensorrt",
+        device="cuda",
+        dtype=dtype,
+        plan=record,
+        scales=dict(scales),
+    )
 
 
 def _are_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:

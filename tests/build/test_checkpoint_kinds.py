@@ -18,6 +18,7 @@ from inplace_builder.capture.quantized import dequantize
 from inplace_builder.errors import BuildError
 from safetensors.torch import load_file, save_file
 from support.decoding import SHAPE, generate, generate_together, random_prompt
+from support.float8_checkpoint import fp8_format, quantize, save_fp8
 from support.long import long_except
 from support.models import change_config, open_instance
 from torch import Tensor
@@ -140,22 +141,6 @@ def test_the_id_of_a_model_is_answered_with_the_command_that_fetches_it(
         check_checkpoint("/no/such/folder")
 
 
-def quantize(weight: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """In fp8: the weight, one scale of each block, and what the two stand for."""
-    whole = torch.zeros_like(weight)
-    grid: list[list[Tensor]] = []
-    quantized = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
-    for top in range(0, weight.shape[0], rows):
-        grid.append([])
-        for left in range(0, weight.shape[1], columns):
-            block = (slice(top, top + rows), slice(left, left + columns))
-            scale = weight[block].abs().max() / 448
-            quantized[block] = (weight[block] / scale).to(torch.float8_e4m3fn)
-            whole[block] = quantized[block].float() * scale
-            grid[-1].append(scale)
-    return quantized, torch.tensor(grid), whole
-
-
 @pytest.mark.parametrize("stated", [False, True])
 def test_scales_of_an_8_bit_cache_are_named(
     model: LlamaForCausalLM, tmp_path: Path, stated: bool
@@ -179,17 +164,7 @@ def test_scales_of_an_8_bit_cache_are_named(
     }
 
 
-COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
-FORMATS = {
-    "blocks": (
-        {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"},
-        BLOCK,
-        "_scale_inv",
-    ),
-    "rows": ({"quant_method": "fbgemm_fp8"}, (1, 1 << 20), "_scale"),
-    "compressed rows": (COMPRESSED, (1, 1 << 20), "_scale"),
-    "compressed tensor": (COMPRESSED, (1 << 20, 1 << 20), "_scale"),
-}
+FORMATS = ("blocks", "rows", "compressed rows", "compressed tensor")
 
 
 @pytest.mark.slow
@@ -199,24 +174,12 @@ FORMATS = {
 )
 def test_fp8_is_dequantized(tmp_path: Path, name: str, shards: int) -> None:
     """The tokens are those of transformers with the products of weights and scales."""
-    fields, block, suffix = FORMATS[name]
     torch.manual_seed(1)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     original = logits(model)
-    stored = {}
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            stored[key] = parameter.clone()
-            if key.endswith("_proj.weight"):
-                stored[key], scale, whole = quantize(parameter, *block)
-                stored[key + suffix] = scale[0, 0] if scale.numel() == 1 else scale
-                stored[key.replace("weight", "input_scale")] = torch.ones(1)
-                parameter.copy_(whole)
     source = tmp_path / "source"
     model.generation_config.eos_token_id = 77
-    model.save_pretrained(source)
-    change_config(source, quantization_config=fields)
-    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    save_fp8(model, source, name, BLOCK)
     if shards > 1:
         save_as_bin(source, shards)
     loaded, notes = load_model(source, Dtype.FLOAT32)
@@ -245,7 +208,7 @@ def test_fp8_experts_are_dequantized_before_they_become_one_tensor(tmp_path: Pat
         stored[key], stored[f"{key}_scale_inv"], whole[key] = quantize(stored[key], *BLOCK)
     for name, tensors in (("whole", whole), ("fp8", stored)):
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    change_config(tmp_path / "fp8", quantization_config=FORMATS["blocks"][0])
+    change_config(tmp_path / "fp8", quantization_config=fp8_format("blocks", BLOCK)[0])
     check_equal(tmp_path / "fp8", load_decoder(tmp_path / "whole", Dtype.FLOAT32)[0].eval())
 
 
@@ -294,7 +257,7 @@ def test_fp8_without_its_parts_is_refused(
     model: LlamaForCausalLM, tmp_path: Path, missing: str
 ) -> None:
     model.save_pretrained(tmp_path)
-    change_config(tmp_path, quantization_config=FORMATS["blocks"][0])
+    change_config(tmp_path, quantization_config=fp8_format("blocks", BLOCK)[0])
     if missing == "scale":
         tensors = load_file(tmp_path / "model.safetensors")
         key = "model.layers.0.mlp.up_proj.weight"

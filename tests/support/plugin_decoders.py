@@ -6,6 +6,7 @@ from inplace.trt import TensorRT
 from inplace_builder import Capture
 from inplace_builder.fusion.fuse import bindable_weights, fuse
 from inplace_builder.lower import LoweredNetwork, choose_mechanisms, lower, lowerable
+from inplace_builder.lower.network import as_words
 from torch import Tensor
 
 from support.lowering import greedy_rows
@@ -78,7 +79,7 @@ class TwoSequences:
             ),
             **greedy_rows(3),
             **self._memory,
-            **self.network.bound_weights,
+            **{name: as_words(weight) for name, weight in self.network.bound_weights.items()},
         }
         outputs = interpret(self.network, {name: inputs[name] for name in self.network.inputs})
         for name, output in self.network.state_outputs.items():

@@ -152,7 +152,7 @@ def _linear(operation: LinearOperation, x: Tensor, weight: Tensor, *others: Tens
     optional = iter(others)
     out = ops.linear(
         x,
-        weight,
+        weight.view(torch.float8_e4m3fn) if operation.scaled else weight,
         next(optional) if operation.bias else None,
         next(optional) if operation.norm else None,
         next(optional) if operation.residual else None,
@@ -160,6 +160,9 @@ def _linear(operation: LinearOperation, x: Tensor, weight: Tensor, *others: Tens
         activation=operation.activation,
         gated=operation.gated,
         float_out=operation.float_out,
+        scale=next(optional) if operation.scaled else None,
+        scale_group=operation.scale_group,
+        activation_rows=operation.activation_rows,
     )
     return [out]
 

@@ -144,9 +144,9 @@ def test_entries_that_do_not_divide_over_rows_are_refused() -> None:
 @pytest.mark.parametrize(
     ("kernel", "constants"),
     [
-        (gemv_kernel, {}),
+        (gemv_kernel, {"GROUP": 0}),
         (sliced_k_kernel, {"BLOCK_M": 8, "SLICES": 4, "LONG": False}),
-        (pipelined_kernel, {"BLOCK_M": 16, "STAGES": 3}),
+        (pipelined_kernel, {"BLOCK_M": 16, "STAGES": 3, "GROUP": 0, "QUANTIZED": False}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -155,8 +155,9 @@ def test_linear_kernels_compile_for_extents_of_one(
 ) -> None:
     """Triton compiles an argument of 1 as a Python number; its interpreter does not."""
     constants = {
-        "BIAS": True, "NORM": False, "RESIDUAL": False, "ACTIVATION": "none", "GATED": True,
-        "BLOCK_N": 16, "BLOCK_K": 32, "PDL": True, "inputs": 1, "width": 1, **constants,
+        "BIAS": True, "NORM": False, "RESIDUAL": False, "SCALED": False, "ACTIVATION": "none",
+        "GATED": True, "BLOCK_N": 16, "BLOCK_K": 32, "PDL": True, "inputs": 1, "width": 1,
+        **constants,
     }  # fmt: skip
     if "count" in kernel.arg_names:
         constants["count"] = 1

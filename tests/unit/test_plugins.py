@@ -32,6 +32,9 @@ HALF, INT = torch.bfloat16, torch.int32
 MERGED = AttentionOperation(
     heads=8, kv_heads=2, dim=64, value_dim=64, scale=0.125, max_rows=9, rotary=64, merged=True
 )
+SCALED = LinearOperation(
+    inputs=4096, outputs=512, norm=True, scaled=True, scale_group=128, activation_rows=65
+)
 EXAMPLES: list[Operation] = [
     MERGED,
     AttentionOperation(
@@ -84,7 +87,7 @@ EXAMPLES: list[Operation] = [
 ]
 
 
-@pytest.mark.parametrize("operation", EXAMPLES, ids=str)
+@pytest.mark.parametrize("operation", [*EXAMPLES, SCALED], ids=str)
 def test_a_plan_restores_every_field(operation: Operation) -> None:
     owner = plugins(load_tensorrt("tensorrt_rtx"))
     stored = owner.make(operation).get_fields_to_serialize()
@@ -201,6 +204,20 @@ def test_linear_shapes_and_types() -> None:
     assert head.accepts(2, [HALF, HALF, torch.float32])
     assert not head.accepts(3, [HALF, HALF, HALF, HALF])
     assert not plain.accepts(1, [HALF, torch.float16])
+
+
+def test_8_bit_weights_are_words_and_have_scales_at_the_end() -> None:
+    assert SCALED.input_count == 4
+    for dtypes in ([HALF, INT, torch.float32, torch.float32, HALF], [HALF, INT, HALF]):
+        for position in range(len(dtypes)):
+            assert SCALED.accepts(position, dtypes[: position + 1])
+    for refused in ([HALF, HALF], [HALF, torch.int8], [HALF, INT, HALF, HALF]):
+        assert not SCALED.accepts(len(refused) - 1, refused)
+    # x after its norm, x in 8 bits, its scales; each from a multiple of 256 bytes on
+    shapes = [(70, 4096), (512, 1024), (4096,), (512, 32)]
+    assert SCALED.workspace(shapes, [HALF, INT, HALF, torch.float32]) == 70 * (8192 + 4096 + 128)
+    few = [(64, 4096), *shapes[1:]]
+    assert SCALED.workspace(few, [HALF, INT, HALF, torch.float32]) == 0
 
 
 def test_layers_of_experts_take_ids_of_both_types() -> None:

@@ -14,7 +14,9 @@ from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
 from inplace.engines.gpus import device_of
 from inplace.engines.graph_reader import LoadedGraph, finish_modules, read_graphs
+from inplace.engines.scales import check_scales
 from inplace.errors import LoadError
+from inplace.schema.graph import CONSTANT_DTYPES
 from inplace.schema.schedule import STEP
 from inplace.schema.served import CompiledProgram, Manifest
 
@@ -63,6 +65,9 @@ class TorchEngine:
         for graph, program in zip(graphs, programs, strict=True):
             _check_signature(title, graph, program)
             _check_states(title, graph, manifest, program)
+            constants = graph.record.graph.constants
+            dtypes = {name: CONSTANT_DTYPES[each.dtype] for name, each in constants.items()}
+            check_scales(title, program.engine, dtypes)
             _bind(graph, arena, program.states)
         modules = finish_modules([graph.module for graph in graphs], device)
         return [cls(*each, device) for each in zip(programs, modules, strict=True)]

@@ -28,17 +28,25 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def load_scales(scale, n, k, inside, inputs, GROUP: tl.constexpr):
+    """The scale of the group that each input ``k`` is in, of the weights of outputs ``n``."""
+    at = n.to(tl.int64) * tl.cdiv(inputs, GROUP) + k // GROUP
+    return tl.load(scale + at, mask=inside & (k < inputs), other=0.0)
+
+
+@triton.jit
 def gemv_kernel(
-    x, weight, bias, norm, residual, out, inputs, width, eps,
-    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    x, weight, bias, norm, residual, scale, out, inputs, width, eps,
+    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+    GROUP: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row, ``BLOCK_N`` outputs a program: products and sums on the CUDA cores.
 
     The residual is loaded before the products, so that its latency is not added to theirs. Inputs
     are not loaded a round early as weights are: the registers for that cost more programs than it
-    saves.
+    saves. ``SCALED``: weights are 8-bit floats, with a scale for each output (``GROUP`` is 0), or
+    for each ``GROUP`` inputs of one.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -51,7 +59,7 @@ def gemv_kernel(
     if GATED:
         u = load_weights(up_rows, k[None, :], inside[:, None], inputs)
     if NORM:
-        scale = tl.load(norm + k, mask=k < inputs, other=0.0)
+        factor = tl.load(norm + k, mask=k < inputs, other=0.0)
     if BIAS:
         bias_tile = tl.load(bias + n, mask=inside, other=0.0)
         if GATED:
@@ -68,14 +76,26 @@ def gemv_kernel(
         next_k = start + BLOCK_K + k
         if NORM:
             squares += value * value
-            value *= scale.to(tl.float32)
-            scale = tl.load(norm + next_k, mask=next_k < inputs, other=0.0)
-        acc += w.to(tl.float32) * value[None, :]
+            value *= factor.to(tl.float32)
+            factor = tl.load(norm + next_k, mask=next_k < inputs, other=0.0)
+        w32 = w.to(tl.float32)
+        if SCALED and GROUP > 0:
+            w32 *= load_scales(
+                scale, n[:, None], start + k[None, :], inside[:, None], inputs, GROUP
+            )
+        acc += w32 * value[None, :]
         w = load_weights(rows, next_k[None, :], inside[:, None], inputs)
         if GATED:
-            up_acc += u.to(tl.float32) * value[None, :]
+            u32 = u.to(tl.float32)
+            if SCALED and GROUP > 0:
+                u32 *= load_scales(
+                    scale, width + n[:, None], start + k[None, :], inside[:, None], inputs, GROUP
+                )
+            up_acc += u32 * value[None, :]
             u = load_weights(up_rows, next_k[None, :], inside[:, None], inputs)
     y = tl.sum(acc, 1)
+    if SCALED and GROUP == 0:
+        y *= tl.load(scale + n, mask=inside, other=0.0)
     if NORM:
         inverse = 1.0 / tl.sqrt(tl.sum(squares, 0) / inputs + eps)
         y *= inverse
@@ -84,6 +104,8 @@ def gemv_kernel(
     y = activate(y, ACTIVATION)
     if GATED:
         z = tl.sum(up_acc, 1)
+        if SCALED and GROUP == 0:
+            z *= tl.load(scale + width + n, mask=inside, other=0.0)
         if NORM:
             z *= inverse
         if BIAS:
@@ -96,14 +118,19 @@ def gemv_kernel(
 
 @triton.jit
 def store_epilogue(
-    acc, up_acc, squares, n, m, count, bias, residual_tile, out, inputs, width, eps,
-    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    acc, up_acc, squares, n, m, count, bias, scale, residual_tile, out, inputs, width, eps,
+    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Store outputs ``n`` of rows ``m`` from their products ``[n, m]``.
 
-    The epilogue: norm, bias, activation, gate, and the residual ``residual_tile``.
+    The epilogue: norm, bias, activation, gate, and the residual ``residual_tile``. ``SCALED``: each
+    output's product has a scale.
     """
+    if SCALED:
+        acc *= tl.load(scale + n, mask=n < width, other=0.0)[:, None]
+        if GATED:
+            up_acc *= tl.load(scale + width + n, mask=n < width, other=0.0)[:, None]
     if NORM:
         inverse = 1.0 / tl.sqrt(squares / inputs + eps)
         acc *= inverse[None, :]
@@ -123,29 +150,29 @@ def store_epilogue(
 
 @triton.jit
 def multiply_tile(
-    w, u, value, scale, acc, up_acc, squares,
+    w, u, value, factor, acc, up_acc, squares,
     NORM: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile's products: ``[slices, n, k] @ [slices, k, m]``."""
+    """Add one tile's products: ``[slices, n, k] @ [slices, k, m]``; 8-bit weights become x's."""
     if NORM:
         x32 = value.to(tl.float32)
         squares += tl.sum(x32 * x32, 2)
-        value = (x32 * scale.to(tl.float32)).to(w.dtype)
+        value = (x32 * factor.to(tl.float32)).to(value.dtype)
     value = tl.trans(value, 0, 2, 1)
     if KEEP:
         w = keep_in_registers(w)
-    acc = tl.dot(w, value, acc, input_precision="ieee")
+    acc = tl.dot(w.to(value.dtype), value, acc, input_precision="ieee")
     if GATED:
         if KEEP:
             u = keep_in_registers(u)
-        up_acc = tl.dot(u, value, up_acc, input_precision="ieee")
+        up_acc = tl.dot(u.to(value.dtype), value, up_acc, input_precision="ieee")
     return acc, up_acc, squares
 
 
 @triton.jit
 def sliced_k_kernel(
-    x, weight, bias, norm, residual, out, count, inputs, width, eps,
-    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    x, weight, bias, norm, residual, scale, out, count, inputs, width, eps,
+    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SLICES: tl.constexpr, LONG: tl.constexpr, PDL: tl.constexpr,
@@ -156,7 +183,7 @@ def sliced_k_kernel(
     four tiles of weights in flight in registers, loaded before the wait. The inputs are cut into
     ``SLICES``, one for each warp, so that no warp repeats another's work (a batched product); the
     slices are summed at the end. ``BLOCK_K``: inputs of a slice in one tile; ``LONG``: there are
-    more inputs than four tiles.
+    more inputs than four tiles. ``SCALED``: weights are 8-bit floats with a scale for each output.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -236,25 +263,27 @@ def sliced_k_kernel(
             if NORM:
                 s3 = tl.load(norm + k4 + 3 * tile, mask=k4 + 3 * tile < inputs, other=0.0)
     store_epilogue(
-        tl.sum(acc, 0), tl.sum(up_acc, 0), tl.sum(squares, 0), n, m, count, bias,
-        residual_tile, out, inputs, width, eps, BIAS, NORM, RESIDUAL, ACTIVATION, GATED,
+        tl.sum(acc, 0), tl.sum(up_acc, 0), tl.sum(squares, 0), n, m, count, bias, scale,
+        residual_tile, out, inputs, width, eps, BIAS, NORM, RESIDUAL, SCALED, ACTIVATION, GATED,
     )  # fmt: skip
 
 
 @triton.jit
 def pipelined_kernel(
-    x, weight, bias, norm, residual, out, count, inputs, width, eps,
-    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    x, x_scale, weight, bias, norm, residual, scale, out, count, inputs, width, eps,
+    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+    GROUP: tl.constexpr, QUANTIZED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Up to ``BLOCK_M`` rows, ``BLOCK_N`` outputs of each a program, as ``weight @ x.T``.
+    """``BLOCK_M`` rows, ``BLOCK_N`` outputs of each a program, as ``weight @ x.T``.
 
-    Weights and inputs are pipelined through shared memory.
+    Weights and inputs are pipelined through shared memory. ``SCALED``: weights are 8-bit floats,
+    with a scale for each output (``GROUP`` is 0), or for each ``GROUP`` inputs of one.
+    ``QUANTIZED``: rows are 8-bit floats too, with scales ``x_scale`` of the same groups.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     inside, present = n < width, m < count
     rows = weight + n[:, None].to(tl.int64) * inputs
@@ -276,20 +305,83 @@ def pipelined_kernel(
         if NORM:
             x32 = value.to(tl.float32)
             squares += tl.sum(x32 * x32, 0)
-            scale = tl.load(norm + column, mask=column < inputs, other=0.0).to(tl.float32)
-            value = (x32 * scale[:, None]).to(w.dtype)
-        acc = tl.dot(w, value, acc, input_precision="ieee")
+            factor = tl.load(norm + column, mask=column < inputs, other=0.0).to(tl.float32)
+            value = (x32 * factor[:, None]).to(value.dtype)
+        acc = add_product(
+            acc, w, value, scale, x_scale, n, m, start, inside, present, inputs,
+            SCALED, GROUP, QUANTIZED, BLOCK_K,
+        )  # fmt: skip
         if GATED:
             u = load_weights(up_rows, column[None, :], inside[:, None], inputs)
-            up_acc = tl.dot(u, value, up_acc, input_precision="ieee")
+            up_acc = add_product(
+                up_acc, u, value, scale, x_scale, width + n, m, start, inside, present, inputs,
+                SCALED, GROUP, QUANTIZED, BLOCK_K,
+            )  # fmt: skip
+    if QUANTIZED and GROUP == 0:
+        x_factor = tl.load(x_scale + m, mask=present, other=0.0)[None, :]
+        acc *= x_factor
+        up_acc *= x_factor
     residual_tile = 0.0
     if RESIDUAL:
         at = m[None, :].to(tl.int64) * width + n[:, None]
         residual_tile = tl.load(residual + at, mask=inside[:, None] & present[None, :], other=0.0)
     store_epilogue(
-        acc, up_acc, squares, n, m, count, bias, residual_tile, out, inputs, width, eps,
-        BIAS, NORM, RESIDUAL, ACTIVATION, GATED,
+        acc, up_acc, squares, n, m, count, bias, scale, residual_tile, out, inputs, width, eps,
+        BIAS, NORM, RESIDUAL, SCALED and GROUP == 0, ACTIVATION, GATED,
     )  # fmt: skip
+
+
+@triton.jit
+def add_product(
+    acc, w, value, scale, x_scale, n, m, start, inside, present, inputs,
+    SCALED: tl.constexpr, GROUP: tl.constexpr, QUANTIZED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add the product of weights ``[n, k]`` and rows ``[k, m]`` of inputs ``start`` to a sum.
+
+    Where the tile is in one group, the product is scaled, else each weight.
+    """
+    if not SCALED:
+        acc = tl.dot(w, value, acc, input_precision="ieee")
+    elif GROUP == 0:
+        if not QUANTIZED:
+            w = w.to(value.dtype)
+        acc = tl.dot(w, value, acc, input_precision="ieee")
+    elif GROUP % BLOCK_K == 0:
+        if not QUANTIZED:
+            w = w.to(value.dtype)
+        product = tl.dot(w, value, input_precision="ieee")
+        product *= load_scales(scale, n, start, inside, inputs, GROUP)[:, None]
+        if QUANTIZED:
+            product *= load_scales(x_scale, m, start, present, inputs, GROUP)[None, :]
+        acc += product
+    else:
+        column = start + tl.arange(0, BLOCK_K)
+        factors = load_scales(scale, n[:, None], column[None, :], inside[:, None], inputs, GROUP)
+        w = (w.to(tl.float32) * factors).to(value.dtype)
+        acc = tl.dot(w, value, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def quantize_kernel(
+    x, out, scales, inputs, GROUP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """``inplace.operators.float8.quantize`` of one group of one token a program."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    k = tl.arange(0, BLOCK)
+    first = tl.program_id(1) * GROUP
+    inside = first + k < inputs
+    if GROUP > 0:
+        inside = inside & (k < GROUP)
+    token = tl.program_id(0).to(tl.int64) * inputs + first
+    value = tl.load(x + token + k, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(value), 0)
+    scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, 448.0))
+    value = tl.clamp(tl.div_rn(value, tl.broadcast_to(scale, (BLOCK,))), -448.0, 448.0)
+    tl.store(out + token + k, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(scales + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), scale)
 
 
 @triton.jit

@@ -1,13 +1,16 @@
 """``inplace::linear`` and ``inplace::rms_norm``: a linear layer with its neighbours, and a norm.
 
-Only lowering emits them. They touch no state; they are operators so that a fused graph can be run,
-and compared, in PyTorch.
+Lowering emits them, and captured models whose weights are 8-bit floats do. They touch no state;
+they are operators so that a fused graph can be run, and compared, in PyTorch.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inplace.operators.float8 import FLOAT8, dequantize, num_groups, quantize
 from inplace.operators.library import LIBRARY, define
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
@@ -20,7 +23,8 @@ A gated layer multiplies its activated first half by its second half.
 define(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm=None, Tensor? residual=None, *, "
-    "float eps=0.0, str activation='none', bool gated=False, bool float_out=False) -> Tensor",
+    "float eps=0.0, str activation='none', bool gated=False, bool float_out=False, "
+    "Tensor? scale=None, int scale_group=0, int activation_rows=0) -> Tensor",
 )
 
 
@@ -64,8 +68,17 @@ def _linear(
     activation: str = "none",
     gated: bool = False,
     float_out: bool = False,
+    scale: Tensor | None = None,
+    scale_group: int = 0,
+    activation_rows: int = 0,
 ) -> Tensor:
-    out = F.linear(x if norm is None else _rms_norm(x, norm, eps), weight, bias)
+    _check_scale(weight, scale, scale_group)
+    x = x if norm is None else _rms_norm(x, norm, eps)
+    if scale is None:
+        out = F.linear(x, weight, bias)
+    else:
+        out = _scaled_product(x, weight, bias, scale, scale_group, activation_rows)
+        out = out if float_out else out.to(x.dtype)
     if float_out:
         out = out.float()
     if gated:
@@ -76,6 +89,95 @@ def _linear(
     return out if residual is None else out + residual
 
 
+@torch.library.impl(LIBRARY, "linear", "CUDA")
+def _linear_on_gpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    scale_group: int = 0,
+    activation_rows: int = 0,
+    **options: Any,
+) -> Tensor:
+    """With 8-bit weights in Triton-language kernels, else in PyTorch's."""
+    if scale is None:
+        return _linear(x, weight, bias, norm, residual, **options)
+    from inplace.kernels import linear as kernels  # imports Triton
+
+    _check_scale(weight, scale, scale_group)
+    spec = kernels.LinearSpec(
+        weight.shape[1],
+        weight.shape[0],
+        bias is not None,
+        norm is not None,
+        residual is not None,
+        scaled=True,
+        scale_group=scale_group,
+        activation_rows=activation_rows,
+        **options,
+    )
+    tokens = x.numel() // spec.inputs
+    dtype = torch.float32 if spec.float_out else x.dtype
+    out = x.new_empty((*x.shape[:-1], spec.width), dtype=dtype)
+    if tokens:
+        size = kernels.linear_workspace(spec, tokens, x.dtype.itemsize)
+        kernels.linear(
+            spec,
+            x=x.contiguous(),
+            weight=weight,
+            bias=bias,
+            norm=norm,
+            residual=None if residual is None else residual.contiguous(),
+            out=out,
+            workspace=x.new_empty(max(1, size), dtype=torch.uint8),
+            tokens=tokens,
+            scale=scale,
+        )
+    return out
+
+
+def _scaled_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    scale_group: int,
+    activation_rows: int,
+) -> Tensor:
+    """The product with 8-bit weights in float32; `linear` says which rows are quantized too."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if 0 < activation_rows <= x.numel() // x.shape[-1]:
+        wide = dequantize(*quantize(x, scale_group), scale_group)
+    whole = dequantize(weight, scale, scale_group).to(wide.dtype)
+    return F.linear(wide, whole, None if bias is None else bias.to(wide.dtype))
+
+
+def _check_scale(weight: Tensor, scale: Tensor | None, scale_group: int) -> None:
+    """Check that 8-bit weights have the scales of their groups.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    if scale is None:
+        torch._check(
+            weight.dtype != FLOAT8,
+            lambda: f"weight is {weight.dtype}; such weights need a scale",
+        )
+        return
+    expected = (weight.shape[0], num_groups(weight.shape[1], scale_group))
+    torch._check(
+        weight.dtype == FLOAT8 and scale.dtype == torch.float32 and tuple(scale.shape) == expected,
+        lambda: (
+            f"weight is {weight.dtype} with scales {tuple(scale.shape)} of {scale.dtype}, expected "
+            f"{FLOAT8} with scales {expected} of float32 for groups of {scale_group or 'all'} "
+            f"inputs"
+        ),
+    )
+
+
 @torch.library.register_fake("inplace::linear", lib=LIBRARY)
 def _linear_fake(
     x: Tensor,
@@ -84,8 +186,11 @@ def _linear_fake(
     activation: str = "none",
     gated: bool = False,
     float_out: bool = False,
-    **eps: float,
+    scale: Tensor | None = None,
+    scale_group: int = 0,
+    **numbers: Any,
 ) -> Tensor:
+    _check_scale(weight, scale, scale_group)
     torch._check(
         weight.dim() == 2 and x.shape[-1] == weight.shape[1],
         lambda: f"x {tuple(x.shape)} cannot be multiplied with weight {tuple(weight.shape)}",
@@ -118,8 +223,17 @@ def linear(
     activation: str = "none",
     gated: bool = False,
     float_out: bool = False,
+    scale: Tensor | None = None,
+    scale_group: int = 0,
+    activation_rows: int = 0,
 ) -> Tensor:
     """RMS norm, linear layer, activation, gate and residual of one step, each optional.
+
+    With a ``scale``, weights are 8-bit floats. The product is that of ``x`` with
+    ``weight * scale``, summed in float32 and rounded once, to x's dtype. In a call with at least
+    ``activation_rows`` rows, if that is not 0, the rows of ``x``, after the norm, are replaced by
+    8-bit floats first: each in the groups of the weights, as `inplace.operators.float8.quantize`
+    rounds them. Nothing else of the call decides it, so all engines do the same.
 
     Args:
         x: ``[..., in]``.
@@ -132,6 +246,9 @@ def linear(
         activation: one of `ACTIVATIONS`.
         gated: ``activation(first half) * second half``.
         float_out: the result is float32, whatever dtype the weights have.
+        scale: ``[out, groups]`` float32, of weights that are float8_e4m3fn.
+        scale_group: inputs that share a scale; 0 for all.
+        activation_rows: rows from which on activations are 8-bit floats too; 0 for never.
 
     Returns:
         ``[..., out]``, or ``[..., out / 2]`` when gated.
@@ -146,6 +263,9 @@ def linear(
         activation=activation,
         gated=gated,
         float_out=float_out,
+        scale=scale,
+        scale_group=scale_group,
+        activation_rows=activation_rows,
     )
     assert isinstance(out, Tensor)
     return out

@@ -27,13 +27,18 @@ from inplace.kernels.sample import (
 )
 from inplace.kernels.update import UpdateSpec, update
 from inplace.operators import ACTIVATIONS
+from inplace.operators.float8 import FLOAT8
 from inplace.plugins.plugin import FLOATS, Launch, Operation, Shape, num_tokens, register
 
 
 @register
 @dataclass(frozen=True)
 class LinearOperation(Operation):
-    """``inplace::linear``. Inputs: x, weight, then those of bias, norm and residual that exist."""
+    """``inplace::linear``. Inputs: x, weight, then those of bias, norm and residual that exist.
+
+    If ``scaled``, weights are 8-bit floats, four in a word of 32 bits, because not every TensorRT
+    hands 8-bit floats to a plugin: ``[outputs, inputs / 4]``; their scales are the last input.
+    """
 
     name: ClassVar[str] = "InplaceLinear"
 
@@ -46,11 +51,14 @@ class LinearOperation(Operation):
     activation: str = field(default="none", metadata={"choices": ACTIVATIONS})
     gated: bool = False
     float_out: bool = False
+    scaled: bool = False
+    scale_group: int = 0
+    activation_rows: int = 0
 
     @property
     def input_count(self) -> int:
         """X, weight, and the optional ones that exist."""
-        return 2 + self.bias + self.norm + self.residual
+        return 2 + self.bias + self.norm + self.residual + self.scaled
 
     @property
     def spec(self) -> LinearSpec:
@@ -65,11 +73,18 @@ class LinearOperation(Operation):
             self.activation,
             self.gated,
             self.float_out,
+            self.scaled,
+            self.scale_group,
+            self.activation_rows,
         )
 
     def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
-        """All have x's dtype, but the norm may have any and the result may be float32."""
+        """All have x's dtype, but norm, float32 results, and words and scales of 8-bit weights."""
         dtype = dtypes[position]
+        if self.scaled and position == 1:
+            return dtype is torch.int32
+        if self.scaled and position == self.input_count - 1:
+            return dtype is torch.float32
         if position == 2 + self.bias and self.norm:
             return dtype in FLOATS
         if position == self.input_count and self.float_out:
@@ -91,13 +106,15 @@ class LinearOperation(Operation):
     def launch(self, call: Launch) -> None:
         """Launch `inplace.kernels.linear.linear`."""
         optional = iter(call.inputs[2:])
+        weight = call.inputs[1]
         linear(
             self.spec,
             x=call.inputs[0],
-            weight=call.inputs[1],
+            weight=Pointer(weight.address, FLOAT8) if self.scaled else weight,
             bias=next(optional) if self.bias else None,
             norm=next(optional) if self.norm else None,
             residual=next(optional) if self.residual else None,
+            scale=next(optional) if self.scaled else None,
             out=call.outputs[0],
             workspace=call.workspace,
             tokens=num_tokens(call.shapes[0]),

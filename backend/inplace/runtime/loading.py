@@ -121,9 +121,6 @@ def _check_version(folder: EngineFolder, manifest: Manifest) -> None:
             if spec.role not in SCHEDULED_ROLES
         ]
     later += [f"scale of state {each.name}" for each in manifest.states if each.scale is not None]
-    later += [
-        f"scales of weight {name}" for each in manifest.programs for name in each.engine.scales
-    ]
     if later:
         raise LoadError(
             f"{folder.path / FILE_NAME} needs a later version of inplace: {', '.join(later)}; "

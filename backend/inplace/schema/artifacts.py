@@ -57,12 +57,12 @@ class EngineFile(Record):
         file: its name.
         kind: the engine class that loads it.
         device: where it runs.
-        dtype: the element type of its weights.
+        dtype: the element type of its weights, but for those with scales.
         graph: which graph of the file it is, for PyTorch: several that share constants may be in
             one file (`inplace.schema.graph.METADATA`).
         plan: only for TensorRT.
-        scales: of quantized weights: the name of the tensor with the scales, by the weight's name.
-            Reserved: this version loads no engine that has them.
+        scales: of weights that are 8-bit floats (float8_e4m3fn): the name of the tensor with the
+            scales, by the weight's name; both are constants of the graph, or weights of the plan.
     """
 
     file: FileName

@@ -25,11 +25,15 @@ from inplace_builder.capture.quantized import (
     read_quantized,
     without_quantization,
 )
+from inplace_builder.capture.scaled_linear import has_scaled, round_all, use_stored
 from inplace_builder.capture.sources import ModelFiles, locate_model
+from inplace_builder.choices import WeightOptions
 from inplace_builder.errors import BuildError, brief
 
 _RECOMPUTED_KEYS = ("rotary_emb.inv_freq", "masked_bias")
 """Ends of the names of tensors that old checkpoints hold and models compute themselves."""
+
+DEQUANTIZED = WeightOptions()
 
 
 def load_decoder(
@@ -56,7 +60,10 @@ def load_decoder(
 
 
 def load_model(
-    source: Path | str, dtype: Dtype, config: PretrainedConfig | None = None
+    source: Path | str,
+    dtype: Dtype,
+    config: PretrainedConfig | None = None,
+    weights: WeightOptions = DEQUANTIZED,
 ) -> tuple[PreTrainedModel, dict[str, str]]:
     """Load the model alone, as `load_decoder`.
 
@@ -64,22 +71,32 @@ def load_model(
         source: as `load_decoder` takes it.
         dtype: the type of the weights.
         config: what `check_checkpoint` returned; None checks here. Reading it from GGUF is slow.
+        weights: which weights are 8-bit floats. An adapter is merged into weights that are none.
 
     Returns:
-        The model, and what was done to the weights: ``adapter`` and ``quantization``, in words.
+        The model, and what was done to the weights: ``adapter``, ``quantization`` and ``weights``,
+        in words.
     """
     source = Path(source)
     config = config or check_checkpoint(source)
     files = locate_model(source)
-    model, notes = load_weights(source, files, dtype, config, _decoder_class(config))
+    stored = weights if files.adapter is None else DEQUANTIZED
+    model, notes = load_weights(source, files, dtype, config, _decoder_class(config), stored)
     if files.adapter is not None:
         with torch.no_grad():
             notes["adapter"] = merge_lora(model, files.adapter)
+    if weights.kind == "fp8" and not has_scaled(model):
+        notes["weights"] = round_all(model, weights)
     return model.eval(), notes
 
 
 def load_weights(
-    source: Path, files: ModelFiles, dtype: Dtype, config: PretrainedConfig, kind: Any
+    source: Path,
+    files: ModelFiles,
+    dtype: Dtype,
+    config: PretrainedConfig,
+    kind: Any,
+    weights: WeightOptions = DEQUANTIZED,
 ) -> tuple[PreTrainedModel, dict[str, str]]:
     """Load a model without its adapter; refuse what is missing and what would not be used.
 
@@ -89,6 +106,7 @@ def load_weights(
         dtype: the type of the weights.
         config: the configuration.
         kind: the class of transformers whose ``from_pretrained`` loads it.
+        weights: whether 8-bit floats of the checkpoint are kept.
 
     Returns:
         The model, and what was done to the weights, in words.
@@ -150,6 +168,9 @@ def load_weights(
             f"{type(model).__name__} does not use: its output would not be that of the model the "
             f"weights belong to; correct config.json, or remove these tensors"
         )
+    if stored is not None and stored.scaled and weights.kind != "dequantized":
+        notes["weights"] = use_stored(model, stored.scaled, weights)
+        del notes["quantization"]
     return model, notes
 
 

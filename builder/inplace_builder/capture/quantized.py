@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from inplace_builder.capture.integer_weights import (
     quantized_layers,
     read_layer,
 )
+from inplace_builder.capture.scaled_linear import ScaledWeight
 from inplace_builder.errors import BuildError
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -41,11 +42,13 @@ class DequantizedWeights:
         tensors: all tensors of the model, by their names.
         note: what was done, in words.
         zero_biases: names of biases that are zero, which AutoGPTQ wrote for layers without one.
+        scaled: matrices of 8-bit floats as they are stored, by their names.
     """
 
     tensors: dict[str, Tensor]
     note: str
     zero_biases: frozenset[str] = frozenset()
+    scaled: Mapping[str, ScaledWeight] = field(default_factory=dict)
 
 
 def quantization(config: PretrainedConfig) -> dict[str, Any] | None:
@@ -116,9 +119,9 @@ def read_quantized(
     """
     fields = quantization(config) or {}
     if is_fp8(fields):
-        return DequantizedWeights(
-            read_fp8(folder, config, dtype), f"fp8 weights, dequantized to {_name(dtype)}"
-        )
+        tensors, scaled = read_fp8(folder, config, dtype)
+        note = f"fp8 weights, dequantized to {_name(dtype)}"
+        return DequantizedWeights(tensors, note, scaled=scaled)
     method = _method(fields)
     if method not in ("gptq", "awq"):
         return None
@@ -173,7 +176,9 @@ def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     return changed
 
 
-def read_fp8(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_fp8(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, ScaledWeight]]:
     """Read a checkpoint whose weights are 8-bit floats, each multiplied by its scales in float32.
 
     Args:
@@ -181,12 +186,16 @@ def read_fp8(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict
         config: the model's, with its quantization.
         dtype: the type to round the products to. Other tensors keep their own.
 
+    Returns:
+        All tensors of the model, and the matrices of e4m3 as they are stored.
+
     Raises:
         BuildError: a weight has no scales, or scales that do not fit it.
     """
     stored = dict(_read_weights(folder))
     block = _block_size(quantization(config) or {})
     result: dict[str, Tensor] = {}
+    scaled: dict[str, ScaledWeight] = {}
     scales: set[str] = set()
     for name, tensor in stored.items():
         if tensor.dtype not in FLOAT8:
@@ -201,6 +210,8 @@ def read_fp8(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict
             result[name] = dequantize(tensor, stored[scale], block).to(dtype)
         except ValueError as error:
             raise BuildError(f"{name} in {folder} cannot be dequantized: {error}") from None
+        if tensor.dtype == torch.float8_e4m3fn and tensor.ndim == 2:
+            scaled[name] = scale_each_output(tensor, stored[scale], block)
     if not result:
         raise BuildError(
             f"{folder} is quantized to fp8 by its config.json, but no weight there is an 8-bit "
@@ -211,7 +222,23 @@ def read_fp8(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict
         for name, tensor in stored.items()
         if name not in result and name not in scales and not name.endswith(_ACTIVATION_SCALES)
     }
-    return result | unchanged
+    return result | unchanged, scaled
+
+
+def scale_each_output(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> ScaledWeight:
+    """A matrix with scales of its outputs alone: rows of a block have the same.
+
+    Args:
+        weight: ``[out, in]`` float8_e4m3fn.
+        scale, block: as of `dequantize`.
+
+    Raises:
+        ValueError: the scales do not fit.
+    """
+    factors = _factors(weight, scale)
+    rows, columns = (_extent_of_block(weight, factors, block, axis) for axis in (-2, -1))
+    factors = factors.repeat_interleave(rows, -2)[: weight.shape[0]].contiguous()
+    return ScaledWeight(weight, factors, columns if factors.shape[1] > 1 else 0)
 
 
 def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
@@ -230,23 +257,44 @@ def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> 
     Raises:
         ValueError: the scales do not fit.
     """
+    factors = _factors(weight, scale)
+    for axis in (-2, -1):
+        size = _extent_of_block(weight, factors, block, axis)
+        factors = factors.repeat_interleave(size, axis).narrow(axis, 0, weight.shape[axis])
+    return weight.float() * factors
+
+
+def _factors(weight: Tensor, scale: Tensor) -> Tensor:
+    """Scales as numbers, with the axes of the weight.
+
+    Raises:
+        ValueError: they have other axes.
+    """
     factors = (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
     if factors.numel() == 1:
-        return weight.float() * factors.reshape(())
+        return factors.reshape((1,) * weight.ndim)
     if factors.ndim == weight.ndim - 1:
         factors = factors.unsqueeze(-1)
-    if factors.ndim != weight.ndim or factors.shape[:-2] != weight.shape[:-2]:
+    leading = weight.shape[:-2]
+    if factors.ndim != weight.ndim or (factors.shape[:-2] != leading):
         raise ValueError(f"scales {tuple(scale.shape)} for a weight {tuple(weight.shape)}")
-    for axis in (-2, -1):
-        extent, count = weight.shape[axis], factors.shape[axis]
-        if block is not None and math.ceil(extent / block[axis]) == count:
-            size = block[axis]
-        elif extent % count == 0:
-            size = extent // count
-        else:
-            raise ValueError(f"scales {tuple(scale.shape)} for a weight {tuple(weight.shape)}")
-        factors = factors.repeat_interleave(size, axis).narrow(axis, 0, extent)
-    return weight.float() * factors
+    return factors
+
+
+def _extent_of_block(
+    weight: Tensor, factors: Tensor, block: tuple[int, int] | None, axis: int
+) -> int:
+    """How many elements along an axis have one scale; the last block may have fewer.
+
+    Raises:
+        ValueError: the scales do not fit.
+    """
+    extent, count = weight.shape[axis], factors.shape[axis]
+    if block is not None and math.ceil(extent / block[axis]) == count:
+        return block[axis]
+    if extent % count:
+        raise ValueError(f"scales {tuple(factors.shape)} for a weight {tuple(weight.shape)}")
+    return extent // count
 
 
 def _block_size(fields: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -8,7 +8,6 @@ views between the two on consecutive numbers.
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -300,21 +299,15 @@ class AttentionRewriter(Rewriter):
                 or (layer.args[2] is None) != (first.args[2] is None)
             ):
                 return None
+        if not self.have_scales_alike([layer for layer, _ in parts]):
+            return None
         rows = [rows.flatten() for _, rows in parts]
         all_rows = torch.arange(first.meta["val"].shape[-1])
         if all(layer is first for layer, _ in parts) and torch.equal(torch.cat(rows), all_rows):
             return first
-        weights: list[AnyNode] = []
-        for place in (1, 2):
-            sources = [layer.args[place] for layer, _ in parts]
-            if sources[0] is None:
-                weights.append(None)
-                continue
-            key = ("rows", *sources, *(each.numpy().tobytes() for each in rows))
-            tensors = [self.weights[source] for source in sources]
-            weights.append(self.weight(key, before, partial(_concatenated_rows, tensors, rows)))
-        args, width = (first.args[0], *weights), sum(map(len, rows))
-        return self.insert(before, inplace.linear.default, args, {}, width)
+        weight, bias, options = self.select_rows([layer for layer, _ in parts], rows, before)
+        args, width = (first.args[0], weight, bias), sum(map(len, rows))
+        return self.insert(before, inplace.linear.default, args, options, width)
 
     def _replace_by_qkv_attention(
         self, node: AnyNode, qkv: AnyNode, rotation: Rotation | None
@@ -359,24 +352,18 @@ class AttentionRewriter(Rewriter):
         if len(set(layers)) != len(layers) or not all(map(self.is_unfused_linear, layers)):
             return
         x, bias = layers[0].args[0], layers[0].args[2]
-        if any(
+        if not self.have_scales_alike(layers) or any(
             layer.args[0] is not x or (layer.args[2] is None) != (bias is None) for layer in layers
         ):
             return
         first = next(node for node in self.graph.nodes if node in layers)
         widths = [layer.meta["val"].shape[-1] for layer in layers]
-        args = (x, *self.concatenate_weights(layers, first))
-        merged = self.insert(first, inplace.linear.default, args, {}, sum(widths))
+        weight, bias, options = self.concatenate_weights(layers, first)
+        args = (x, weight, bias)
+        merged = self.insert(first, inplace.linear.default, args, options, sum(widths))
         last, start = merged.meta["val"].dim() - 1, 0
         for layer, width in zip(layers, widths, strict=True):
             bounds = (last, start, start + width)
             part = self.insert(first, aten.slice.Tensor, (merged, *bounds), {}, width)
             self.replace(layer, part)
             start += width
-
-
-def _concatenated_rows(
-    tensors: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """The given rows of each tensor, concatenated."""
-    return torch.cat([tensor[each] for tensor, each in zip(tensors, rows, strict=True)])

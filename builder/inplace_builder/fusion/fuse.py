@@ -55,14 +55,16 @@ def fuse(exported: AnyProgram) -> GraphProgram:
 def bindable_weights(program: GraphProgram) -> frozenset[str]:
     """Names of the weights that the runtime binds, so that the plan does not hold them.
 
-    These are the matrices of linear layers, experts and embeddings.
+    These are the matrices of linear layers, experts and embeddings, and the scales of the first.
     """
+    linear = [node for node in program.graph.nodes if is_call(node, inplace.linear.default)]
     grouped = (
         node for node in program.graph.nodes if is_call(node, inplace.grouped_linear.default)
     )
     weights = [
         *(node.args[2] for node in grouped),
-        *(node.args[1] for node in program.graph.nodes if is_call(node, inplace.linear.default)),
+        *(node.args[1] for node in linear),
+        *(node.kwargs.get("scale") for node in linear),
         *(node.args[0] for node in program.graph.nodes if is_call(node, aten.embedding.default)),
     ]
     return frozenset(weight.name for weight in weights if isinstance(weight, Node))
@@ -146,7 +148,9 @@ class _Fusion(AttentionRewriter):
         return None, 0.0
 
     def _fuse_linear(self, node: AnyNode) -> None:
-        """``aten.linear`` with weights of the model."""
+        """``aten.linear`` with weights of the model; with 8-bit weights it is ours already."""
+        if is_call(node, inplace.linear.default) and len(node.args) == 2:
+            node.args = (*node.args, None)  # export leaves out what is the default
         if not is_call(node, aten.linear.default):
             return
         x, weight, bias = (*node.args, None)[:3]
@@ -200,10 +204,12 @@ class _Fusion(AttentionRewriter):
                 only_user(gate) is not activated
                 or only_user(up) is not node
                 or (gate.args[2] is None) != (up.args[2] is None)
+                or not self.have_scales_alike([gate, up])
             ):
                 continue
-            args = (gate.args[0], *self.concatenate_weights([gate, up], node))
-            options = {"activation": kind, "gated": True}
+            weight, bias, scales = self.concatenate_weights([gate, up], node)
+            args = (gate.args[0], weight, bias)
+            options = {"activation": kind, "gated": True, **scales}
             width = node.meta["val"].shape[-1]
             self.replace(node, self.insert(node, inplace.linear.default, args, options, width))
             return

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from inplace.operators.float8 import FLOAT8
 from torch.fx import Node
 
 from inplace_builder.graph.nodes import (
@@ -14,6 +15,11 @@ from inplace_builder.graph.nodes import (
 from inplace_builder.graph.program import GraphProgram, weights_of
 
 inplace = torch.ops.inplace
+
+
+GROUPS = ("scale_group", "activation_rows")
+SCALES = frozenset({"scale", *GROUPS})
+"""Options of a linear layer that belong to its weight."""
 
 
 class Rewriter:
@@ -84,21 +90,55 @@ class Rewriter:
             isinstance(node, Node)
             and is_call(node, inplace.linear.default)
             and len(node.args) == 3
-            and not node.kwargs
+            and node.kwargs.keys() <= SCALES
             and node.args[1] in self.weights
         )
 
+    def have_scales_alike(self, layers: Sequence[AnyNode]) -> bool:
+        """Whether weights of linear layers could be parts of one: all with such scales, or none."""
+        kinds = {
+            (layer.kwargs.get("scale") is None, *(layer.kwargs.get(name) for name in GROUPS))
+            for layer in layers
+        }
+        return len(kinds) == 1
+
     def concatenate_weights(
         self, layers: Sequence[AnyNode], before: AnyNode
-    ) -> tuple[AnyNode, AnyNode]:
-        """The weights of several linear layers as one, and their biases as one (or None)."""
-        merged: list[AnyNode] = []
-        for place in (1, 2):
-            parts = [layer.args[place] for layer in layers]
-            if parts[0] is None:
-                merged.append(None)
-                continue
-            tensors = [self.weights[part] for part in parts]
-            merged.append(self.weight(("merged", *parts), before, partial(torch.cat, tensors)))
-        assert merged[0] is not None
-        return merged[0], merged[1]
+    ) -> tuple[AnyNode, AnyNode, dict[str, Any]]:
+        """The weights of several linear layers as one.
+
+        Returns:
+            The weight, the bias (or None), and the options of a layer that say how it is scaled.
+        """
+        rows = [torch.arange(layer.meta["val"].shape[-1]) for layer in layers]
+        return self.select_rows(layers, rows, before)
+
+    def select_rows(
+        self, layers: Sequence[AnyNode], rows: Sequence[torch.Tensor], before: AnyNode
+    ) -> tuple[AnyNode, AnyNode, dict[str, Any]]:
+        """The given rows of the weights of linear layers as one, as `concatenate_weights`."""
+        weight = self._selected([layer.args[1] for layer in layers], rows, before)
+        bias = self._selected([layer.args[2] for layer in layers], rows, before)
+        scale = self._selected([layer.kwargs.get("scale") for layer in layers], rows, before)
+        options = {name: value for name, value in layers[0].kwargs.items() if name in SCALES}
+        return weight, bias, options if scale is None else {**options, "scale": scale}
+
+    def _selected(
+        self, parts: Sequence[AnyNode], rows: Sequence[torch.Tensor], before: AnyNode
+    ) -> AnyNode:
+        if parts[0] is None:
+            return None
+        key = ("rows", *parts, *(each.numpy().tobytes() for each in rows))
+        tensors = [self.weights[part] for part in parts]
+        return self.weight(key, before, partial(_concatenated_rows, tensors, rows))
+
+
+def _concatenated_rows(
+    tensors: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The given rows of each tensor, concatenated."""
+    dtype = tensors[0].dtype
+    if dtype == FLOAT8:  # PyTorch does not index them
+        tensors = [tensor.view(torch.uint8) for tensor in tensors]
+    found = torch.cat([tensor[each] for tensor, each in zip(tensors, rows, strict=True)])
+    return found.view(dtype)

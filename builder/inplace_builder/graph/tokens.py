@@ -441,7 +441,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys((aten.new_ones.default, aten.new_zeros.default, aten.new_full.default), _made),
-    aten.linear.default: _linear,
+    **dict.fromkeys((aten.linear.default, torch.ops.inplace.linear.default), _linear),
     **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), _normalized),
     aten.addmm.default: _addmm,
     **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default), _matmul),

@@ -41,6 +41,8 @@ _CONSTANTS: dict[str, Mapping[str, Any]] = {
     "memory_format": MEMORY_FORMATS,
 }
 
+_LINEAR = "inplace::linear.default"
+
 MAX_POWER = 8
 """The largest power that is written as a product."""
 
@@ -50,8 +52,11 @@ def save_graph(exported: ExportedProgram, path: Path) -> None:
     save_graphs({METADATA: exported}, path)
 
 
-def save_graphs(programs: Mapping[str, ExportedProgram], path: Path) -> None:
+def save_graphs(programs: Mapping[str, ExportedProgram], path: Path) -> dict[str, str]:
     """Write programs, by name, and their constants to a file; each storage is copied alone.
+
+    Returns:
+        The names of constants that are scales of weights, by the names of these.
 
     Raises:
         BuildError: a graph calls or holds something that an engine file cannot hold.
@@ -61,6 +66,12 @@ def save_graphs(programs: Mapping[str, ExportedProgram], path: Path) -> None:
     texts = [record.model_dump_json(exclude_defaults=True) for record in records]
     with path.open("wb") as file:
         write_safetensors(file, storages, dict(zip(programs, texts, strict=True)))
+    return {
+        call.args[1]["node"]: call.kwargs["scale"]["node"]
+        for record in records
+        for call in record.graph.nodes
+        if call.target == _LINEAR and call.kwargs.get("scale") is not None
+    }
 
 
 def graph_record(exported: ExportedProgram) -> tuple[Mapping[str, Tensor], GraphFile]:

@@ -44,6 +44,7 @@ class CompiledPlan:
         content: the plan; has the buffer interface.
         record: what it was compiled for; its weights file is not written yet.
         weights: the weights that it takes as inputs, by name.
+        scales: the names of weights that are scales of others, by the names of these.
         aliases: one for each written state.
         lowering: how each state is updated, and why.
         constant_bytes: size of the weights that it holds.
@@ -52,6 +53,7 @@ class CompiledPlan:
     content: Any
     record: Plan
     weights: Mapping[str, Tensor]
+    scales: Mapping[str, str]
     aliases: tuple[Alias, ...]
     lowering: tuple[Lowering, ...]
     constant_bytes: int
@@ -141,6 +143,7 @@ def compile_plan(
         content=compile_network(lowered, ranges, options),
         record=target.plan(profiles),
         weights=lowered.bound_weights,
+        scales=lowered.context.scales,
         aliases=lowered.aliases(lowering),
         lowering=lowering,
         constant_bytes=sum(tensor.nbytes for tensor in lowered.context.constants),

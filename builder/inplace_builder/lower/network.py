@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from inplace.operators.float8 import FLOAT8
 from inplace.schema.specs import StateSpec
 from inplace.trt import TensorRT
 from torch.fx import Node
@@ -48,6 +49,7 @@ class Network(Layers):
         parameters: the tensors behind the placeholders of parameters, buffers and constants.
         states: the states by name.
         bound_weights: weights that became network inputs, see `bound`.
+        scales: the names of bound weights that are scales of others, by the names of these.
         keep_alive: objects that must live until the network has been built and run; converters
             append to it.
         readers: for each state the values read from it since it was last written. A writer takes
@@ -66,6 +68,7 @@ class Network(Layers):
         self.parameters: dict[Node, torch.Tensor] = {}
         self.states: dict[str, NetworkState] = {}
         self.bound_weights: dict[str, torch.Tensor] = {}
+        self.scales: dict[str, str] = {}
         self.keep_alive: list[object] = []
         self.readers: dict[str, list[ITensor]] = {}
         self._computed: set[Node] = set()  # nodes that are known not to be parameters
@@ -134,7 +137,7 @@ class Network(Layers):
             self.values[node] = (
                 self._bound_once(node.name, tensor)
                 if node.name in self._bind
-                else self.constant(tensor)
+                else self.constant(as_words(tensor))
             )
             self.label = label
         return self.values[node]
@@ -150,7 +153,8 @@ class Network(Layers):
         """
         if name not in self.bound_weights:
             self.bound_weights[name] = tensor
-            self._weight_inputs[name] = self.add_input(name, tensor.dtype, tensor.shape)
+            words = as_words(tensor)
+            self._weight_inputs[name] = self.add_input(name, words.dtype, words.shape)
         elif self.bound_weights[name] is not tensor:
             raise LoweringError(f"two weights are bound as {name!r}; give one of them another name")
         return self._weight_inputs[name]
@@ -186,6 +190,22 @@ class Network(Layers):
     def meta(self, argument: object) -> Any:
         """An argument of the current node in the captured graph: a fake tensor, or the argument."""
         return argument.meta["val"] if isinstance(argument, Node) else argument
+
+
+def as_words(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as a network takes it: 8-bit floats are four in a word of 32 bits.
+
+    Raises:
+        LoweringError: there are 8-bit floats that do not fill words.
+    """
+    if tensor.dtype != FLOAT8:
+        return tensor
+    if tensor.shape[-1] % 4:
+        raise LoweringError(
+            f"a weight {tuple(tensor.shape)} of {tensor.dtype} does not fill words of four; its "
+            f"inputs must be a multiple"
+        )
+    return tensor.contiguous().view(torch.int32)
 
 
 def _is_random(node: Node) -> bool:

@@ -92,12 +92,19 @@ def _linear(
     bias: ITensor | None = None,
     norm: ITensor | None = None,
     residual: ITensor | None = None,
+    *,
+    scale: ITensor | None = None,
     **options: Any,
 ) -> ITensor:
     """A linear layer with its norm, bias, activation, gate and residual."""
+    if not _has_plugins(ctx.tensorrt):
+        raise LoweringError(f"{ctx.node.target}{ctx.origin} is lowered as a plugin only")
     outputs, inputs = ctx.meta(ctx.node.args[1]).shape
-    optional = {"bias": bias, "norm": norm, "residual": residual}
+    optional = {"bias": bias, "norm": norm, "residual": residual, "scaled": scale}
     present: dict[str, Any] = {name: part is not None for name, part in optional.items()}
+    if scale is not None:
+        names = [str(each) for each in (ctx.node.args[1], ctx.node.kwargs["scale"])]
+        ctx.scales |= {names[0]: names[1]} if ctx.bound_weights.keys() >= set(names) else {}
     operation = LinearOperation(inputs=inputs, outputs=outputs, **present, **options)
     parts = [part for part in optional.values() if part is not None]
     return _add(ctx, operation, [x, weight, *parts])[0]

@@ -151,6 +151,13 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     return aten.linear.default(x.rows, weight, bias)
 
 
+def _fused_linear(x: Any, *parts: Any, **options: Any) -> Any:
+    """``inplace::linear``, of which captured models with 8-bit weights are made."""
+    if not isinstance(x, RowTensor) or _any_rows(parts, options):
+        return NotImplemented
+    return inplace.linear.default(x.rows, *parts, **options)
+
+
 def _matmul(one: Any, other: Any) -> Any:
     """As `torch.matmul` documents it for one row; the rows are one more axis of the batch."""
     most = max(rank(one), rank(other), 2)
@@ -478,6 +485,7 @@ def _rules() -> dict[Any, Rule]:
         inplace.read.default: _read,
         inplace.update.default: _update,
         inplace.attention.default: _attention,
+        inplace.linear.default: _fused_linear,
         inplace.grouped_linear.default: _grouped_linear,
         inplace.weighted_sum.default: _weighted_sum,
     }

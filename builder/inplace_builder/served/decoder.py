@@ -45,7 +45,7 @@ def build_decoder(
     load_target(options)  # raises before the model is loaded
     stage("load the model")
     tokenizer, tokenizer_note = load_tokenizer(source)
-    model, notes = load_model(source, options.dtype, config)
+    model, notes = load_model(source, options.dtype, config, options.weight_options)
     capture: Capture | SpeculativeCapture
     if options.has_draft:
         draft, name = load_draft(model, options)
@@ -89,7 +89,7 @@ def load_draft(model: PreTrainedModel, options: BuildOptions) -> tuple[PreTraine
     assert options.draft is not None
     source = Path(options.draft)
     config = check_checkpoint(source, options.capacity)
-    draft, _ = load_model(source, options.dtype, config)
+    draft, _ = load_model(source, options.dtype, config, options.weight_options)
     return draft, locate_model(source).name
 
 

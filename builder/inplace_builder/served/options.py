@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from inplace.schema.specs import AliasKind, Dtype
 
-from inplace_builder.choices import Device, EngineKind, Protocol
+from inplace_builder.choices import Device, EngineKind, Protocol, WeightOptions, Weights
 from inplace_builder.errors import BuildError
 
 DTYPES = {
@@ -25,12 +25,22 @@ DRAFT_TOKENS = 4
 """Tokens that a draft proposes in a round, where the options do not say."""
 
 
+FP8_ACTIVATION_ROWS = 65
+"""Tokens of a step on a GPU from which on they become 8-bit floats, if weights are such.
+
+Up to 64 tokens a step's time is that of reading the weights.
+"""
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What to build for.
 
     Attributes:
         dtype: element type of weights and states.
+        weights: whether weights of a decoder's linear layers, but for its head, are 8-bit floats
+            (e4m3 with scales): ``fp8``; ``auto``: on a GPU, where the checkpoint has such;
+            ``dequantized``: never.
         device: ``cpu`` or ``cuda``.
         slots: sequences that can live at the same time.
         max_rows: most sequences in one step (the server's max_batch_size), at most ``slots``.
@@ -90,6 +100,7 @@ class BuildOptions:
     draft_layers: int | None = None
     draft_tokens: int | None = None
     gpus: tuple[int, ...] = ()
+    weights: Weights = "auto"
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -102,6 +113,20 @@ class BuildOptions:
                 "an engine for a GPU is built and verified on one, and PyTorch sees none here; "
                 "choose device cpu"
             )
+
+    @property
+    def weight_options(self) -> WeightOptions:
+        """What becomes of weights and activations of linear layers.
+
+        Activations are rounded only on a GPU, where that is faster, and only where they have 16
+        bits.
+        """
+        if self.weights == "dequantized" or (
+            self.weights == "auto" and (self.device == "cpu" or self.engine == "tensorrt_rtx")
+        ):
+            return WeightOptions()
+        rounds = self.device == "cuda" and self.dtype is not Dtype.FLOAT32
+        return WeightOptions(self.weights, FP8_ACTIVATION_ROWS if rounds else 0)
 
     def check_no_lookahead(self, source: Path, model_type: str) -> None:
         """BuildError if there is a lookahead, which models of this type do not have."""
@@ -120,6 +145,14 @@ class BuildOptions:
     def tokens_per_round(self) -> int:
         """The most tokens of a generation that a step is fed."""
         return 1 + (self.draft_tokens or DRAFT_TOKENS) if self.has_draft else 1
+
+    def check_no_fp8(self, source: Path, model_type: str) -> None:
+        """BuildError if weights are to be 8-bit floats, which only those of decoders become."""
+        if self.weights == "fp8":
+            raise BuildError(
+                f"weights is fp8; {source} holds a {model_type!r} model, whose weights are not "
+                f"rounded: leave it out"
+            )
 
     def check_no_draft(self, source: Path, model_type: str) -> None:
         """BuildError if there is a draft, which only decoders have."""
@@ -204,6 +237,15 @@ class BuildOptions:
             raise BuildError(f"serve is {self.serve!r}; choose step or stream")
 
     def _check_engine(self) -> None:
+        if self.weights not in get_args(Weights):
+            raise BuildError(
+                f"weights is {self.weights!r}; choose one of {list(get_args(Weights))}"
+            )
+        if self.weights == "fp8" and self.engine == "tensorrt_rtx":
+            raise BuildError(
+                "weights fp8 needs the plugins of TensorRT, which TensorRT for RTX does not take; "
+                "choose engine tensorrt or torch, or leave weights out"
+            )
         if self.engine not in get_args(EngineKind):
             raise BuildError(
                 f"engine is {self.engine!r}; choose one of {list(get_args(EngineKind))}"

@@ -109,6 +109,7 @@ def build_speech_model(
             f"those of its configuration: leave them out"
         )
     options.check_no_draft(source, config.model_type)
+    options.check_no_fp8(source, config.model_type)
     check_quantization(config, source)
     build = SPEECH_MODELS[config.model_type](files.folder, config, options)
     load_target(options)  # raises before the model is loaded

@@ -130,7 +130,7 @@ def _write_program(
     notes["weights_in_plan_bytes"] = str(constants)
     files = file(PLAN_FILE), file(WEIGHTS_FILE)
     engine = write_plan(
-        plan.content, plan.record, plan.weights, folder, capture.dtype, files, written
+        plan.content, plan.record, plan.weights, folder, capture.dtype, files, written, plan.scales
     )
     if engine.plan is not None and engine.plan.weights is not None:
         written[engine.plan.weights] = plan.weights

@@ -366,7 +366,9 @@ def write_files(
     if plan is None:
         engine, notes = write_program(capture.exported, folder, "cpu", dtype), built_with()
     else:
-        engine = write_plan(plan.content, plan.record, plan.weights, folder, dtype)
+        engine = write_plan(
+            plan.content, plan.record, plan.weights, folder, dtype, scales=plan.scales
+        )
         notes = built_with(plan.record)
     owned = write_owned_states(folder, _owned_states(capture))
     manifest = StandaloneManifest(

@@ -10,6 +10,9 @@ from inplace.schema.specs import StateSpec, TensorSpec, Update
 from rich.filesize import decimal
 from rich.table import Table
 
+NOTES = ["adapter", "quantization", "weights", "cache", "tokenizer", "latents", "capture", "draft"]
+"""What a summary has of the notes of a build."""
+
 
 def summary_table(manifest: Manifest, folder: Path | str) -> Table:
     """States, bytes of a slot and of a position, the arena, and where the model is."""
@@ -30,7 +33,7 @@ def summary_table(manifest: Manifest, folder: Path | str) -> Table:
     table.add_row("engine", decimal(engine_bytes))
     error = manifest.built_with.get("verified_error", "?")
     table.add_row("verified", f"{manifest.verified}, largest relative error {error}")
-    for note in ("adapter", "quantization", "cache", "tokenizer", "latents", "capture", "draft"):
+    for note in NOTES:
         if (text := manifest.built_with.get(note)) is not None:
             table.add_row(note, text)
     table.add_row("in", str(folder))

@@ -219,10 +219,6 @@ def test_an_engine_without_a_step_has_a_schedule_which_packed_programs_lack(mode
             lambda fields: fields["states"][0].update(scale="scales"),
             "scale of state ",
         ),
-        (
-            lambda fields: fields["programs"][0]["engine"].update(scales={"weight": "scales"}),
-            "scales of weight weight",
-        ),
     ],
 )
 def test_what_a_later_runtime_runs_is_refused_by_name(

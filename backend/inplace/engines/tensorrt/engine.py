@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
+from inplace.engines.scales import check_scales
 from inplace.engines.tensorrt.plan import (
     ExecutionContexts,
     check_native_aliases,
@@ -85,6 +86,8 @@ class TensorRtEngine:
             loaded = {} if loaded_weights is None else loaded_weights
             is_loaded = plan.weights in loaded
             weights = _weights(folder, manifest, plan, loaded)
+            dtypes = {name: weight.dtype for name, weight in weights.items()}
+            check_scales(str(path), compiled.engine, dtypes)
             contexts = ExecutionContexts(opened, plan, weights)
             kind = StaticSlotSteps if compiled.rows_are_slots else DynamicSlotSteps
             self._steps: StaticSlotSteps | DynamicSlotSteps = kind(

@@ -1,0 +1,55 @@
+"""8-bit floats (e4m3, arXiv:2209.05433) with scales: weights, and activations of a step.
+
+A number is its 8-bit float times its scale, in float32. A scale belongs to a group of neighbours
+along the inputs of one output, or of one token: to `group` of them, the last group may have fewer,
+or to all where ``group`` is 0.
+"""
+
+import torch
+from torch import Tensor
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of `FLOAT8`."""
+
+
+def num_groups(inputs: int, group: int) -> int:
+    """How many scales ``inputs`` neighbours have."""
+    return -(-inputs // group) if group else 1
+
+
+def quantize(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+    """Round to 8-bit floats, so that the largest of a group is the largest 8-bit float.
+
+    Args:
+        x: ``[..., inputs]`` of any floating type.
+        group: neighbours with one scale; 0 for all.
+
+    Returns:
+        ``[..., inputs]`` `FLOAT8`, and their scales ``[..., groups]`` float32: ``max |x| / 448``,
+        and 1 where all are zero. An element is ``x / scale``, rounded to the nearest, ties to even.
+    """
+    wide = x.float()
+    inputs = wide.shape[-1]
+    groups = num_groups(inputs, group)
+    padding = groups * group - inputs if group else 0
+    padded = torch.nn.functional.pad(wide, (0, padding))
+    largest = padded.unflatten(-1, (groups, -1)).abs().amax(-1)
+    scale = torch.where(largest == 0, 1.0, largest / LARGEST)
+    return (wide / spread(scale, inputs, group)).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+
+
+def spread(scale: Tensor, inputs: int, group: int) -> Tensor:
+    """The scale of each element: ``[..., groups]`` as ``[..., inputs]``, or ``[..., 1]``."""
+    return scale.repeat_interleave(group, -1)[..., :inputs] if group else scale
+
+
+def dequantize(values: Tensor, scale: Tensor, group: int = 0) -> Tensor:
+    """The numbers ``[..., inputs]`` in float32.
+
+    Args:
+        values: ``[..., inputs]`` `FLOAT8`.
+        scale: ``[..., groups]`` float32.
+        group: neighbours with one scale; 0 for all.
+    """
+    return values.float() * spread(scale, values.shape[-1], group)

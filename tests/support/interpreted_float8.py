@@ -1,0 +1,101 @@
+"""Linear layers of 8-bit floats in Triton's interpreter; `tests/unit/test_float8.py` runs this."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from inplace.kernels.linear import (
+    GemvBlocks,
+    LinearBlocks,
+    LinearSpec,
+    PipelinedBlocks,
+    SlicedKBlocks,
+)
+from inplace.kernels.linear_kernels import quantize_kernel
+from inplace.operators.float8 import quantize
+from triton.runtime import interpreter
+
+from support.float8_case import LAYERS, check
+from support.long import long_except
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+)  # Triton's own
+
+_convert: Any = interpreter._convert_float
+
+
+def _convert_float(given: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """The interpreter's conversion of numbers, with PyTorch's rounding to 8-bit floats.
+
+    Its own loses the carry where a mantissa rounds up to the next power of two (Triton 3.6).
+    """
+    if (source, target) != (tl.float32, tl.float8e4nv):
+        return _convert(given, source, target, rounding)
+    rounded = torch.from_numpy(np.ascontiguousarray(given)).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8).numpy()
+
+
+interpreter._convert_float = _convert_float
+
+
+LAUNCHES: list[tuple[int, LinearBlocks | None]] = [
+    (1, GemvBlocks(16, 64, 2)),
+    (8, SlicedKBlocks(32, 32, 4)),
+    (3, PipelinedBlocks(16, 64, 4, 3)),
+    (1, None),
+    (9, None),
+    (70, None),
+]
+
+
+def _id(value: object) -> str:
+    return f"{value.inputs}x{value.outputs}" if isinstance(value, LinearSpec) else str(value)
+
+
+CASES = [
+    (spec, *launch)
+    for spec in LAYERS
+    for launch in LAUNCHES
+    if not (spec.scale_group and isinstance(launch[1], SlicedKBlocks))
+]
+
+
+@pytest.mark.parametrize(("spec", "tokens", "blocks"), long_except(CASES[::2], CASES), ids=_id)
+def test_weights_become_the_type_of_the_rows(
+    spec: LinearSpec, tokens: int, blocks: LinearBlocks | None
+) -> None:
+    check(spec, tokens, torch.float16, 2e-3, blocks=blocks)
+    if blocks is None and tokens < 70:
+        check(spec, tokens, torch.float32, 3e-6)
+
+
+GROUPED = [spec for spec in LAYERS if spec.scale_group % 32 == 0]
+
+
+@pytest.mark.parametrize("spec", long_except(GROUPED[1::3], GROUPED), ids=_id)
+def test_many_rows_become_8_bit_floats(spec: LinearSpec) -> None:
+    """From this number of rows on, and not before."""
+    quantized = replace(spec, activation_rows=6)
+    results = [check(each, 6, torch.float16, 3e-3) for each in (spec, quantized)]
+    error = float((results[0].float() - results[1].float()).norm() / results[0].float().norm())
+    assert 5e-3 < error < 0.1
+    fewer = [check(each, 5, torch.float16, 2e-3) for each in (spec, quantized)]
+    assert torch.equal(*fewer)
+    check(quantized, 70, torch.float16, 3e-3)
+
+
+@pytest.mark.parametrize(("inputs", "group"), [(72, 0), (136, 64), (64, 64)])
+def test_rows_are_rounded_as_the_operator_says(inputs: int, group: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, inputs).half() * torch.tensor([1.0, 1e-3, 50, 0, 1])[:, None].half()
+    x[4, 3] = 3e4
+    values, scales = quantize(x, group)
+    groups = scales.shape[1]
+    out, out_scales = torch.zeros_like(values), torch.zeros(5, groups)
+    quantize_kernel[(5, groups)](x, out, out_scales, inputs, GROUP=group, BLOCK=256, PDL=False)
+    assert torch.equal(out_scales, scales)
+    assert torch.equal(out.float(), values.float())

@@ -59,13 +59,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, those that take longest go first.
-
-    They are the real model, then servers, then slow builds.
-    """
+    """Where several processes share the tests, put them into the order that takes least time."""
     if hasattr(config, "workerinput"):
-        order = ("real_model", "server", "slow")
-        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in order])
+        from support.scheduling import in_order
+
+        items[:] = in_order(items)
 
 
 def pytest_collection_finish() -> None:

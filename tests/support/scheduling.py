@@ -1,7 +1,10 @@
 """Which tests run in one process where several processes share them."""
 
+from collections.abc import Iterable
+from itertools import chain, zip_longest
 from pathlib import PurePath
 
+import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 TOGETHER = {
@@ -29,6 +32,25 @@ def group(nodeid: str) -> str:
     if file.stem in APART:
         return nodeid
     return next((name for name, files in TOGETHER.items() if file.stem in files), str(file))
+
+
+def in_order(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """The tests in the order in which free processes take them, group by group.
+
+    The real model comes first. Then groups of servers, the largest first, and groups of slow builds
+    take turns: a server waits for much of its time, and a build uses the cores meanwhile. The many
+    short ones come last, and let all processes end together.
+    """
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        groups.setdefault(group(item.nodeid), []).append(item)
+    kinds: dict[str, list[list[pytest.Item]]] = {"real_model": [], "server": [], "slow": [], "": []}
+    for each in groups.values():
+        marks = {mark.name for item in each for mark in item.iter_markers()}
+        kinds[next((kind for kind in kinds if kind in marks), "")].append(each)
+    servers = sorted(kinds["server"], key=len, reverse=True)
+    turns = chain.from_iterable(zip_longest(servers, kinds["slow"], fillvalue=[]))
+    return list(chain.from_iterable(chain(kinds["real_model"], turns, kinds[""])))
 
 
 class Groups(LoadScopeScheduling):  # type: ignore[misc]  # xdist is untyped

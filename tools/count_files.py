@@ -60,7 +60,7 @@ sys.path.insert(0, {tools!r})
 from count_files import Walk
 walk = Walk()
 walk.start()
-from inplace.server.backend import TritonPythonModel as Model
+from inplace.model import TritonPythonModel as Model
 
 class TritonPythonModel(Model):
     executions = 0

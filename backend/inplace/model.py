@@ -1,5 +1,39 @@
-"""The file Triton loads as the backend ``inplace``: ``<backend-directory>/inplace/model.py``."""
+"""The file Triton loads as the backend ``inplace``: ``<backend-directory>/inplace/model.py``.
 
-from inplace.server.backend import TritonPythonModel
+For each model Triton first starts a process that only looks whether this class completes the
+model's configuration, and then one for each instance. So PyTorch and the rest of the backend are
+imported when an instance is initialized, and not with this file.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inplace.server.backend import ModelServer
+
+
+class TritonPythonModel:
+    """The class that Triton's Python backend looks for; one object a model instance."""
+
+    _server: "ModelServer"
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the engine beside the model's config.pbtxt.
+
+        Raises:
+            TritonModelException: the model cannot be served, with the reason.
+        """
+        from inplace.server.backend import ModelServer
+
+        self._server = ModelServer(args)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        """Answer a batch of requests, each with its own result or error."""
+        return self._server.execute(requests)
+
+    def finalize(self) -> None:
+        """Unload the model; the states of its sequences are lost."""
+        self._server.close()
+
 
 __all__ = ["TritonPythonModel"]

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +41,7 @@ from inplace.server.messages import (
 from inplace.server.model_config import check_model_config, model_tensors
 from inplace.server.own_requests import Admission, ModelPlaces
 from inplace.server.peers import Address
+from inplace.server.relay import StepRelay, StreamRelay, engine_owner
 from inplace.server.reports import TritonMetrics, instance_gpu, instance_title, log_to_triton
 from inplace.server.routing import StepRouter, StreamRouter
 from inplace.server.settings import GENERATE_PROXY, Settings, num_instances, serve_mode
@@ -60,15 +61,17 @@ class LoadedModel(Protocol):
         """Answer the requests that wait or run, and free everything."""
 
 
-class TritonPythonModel:
-    """The class that Triton's Python backend looks for in model.py; one object a model instance."""
+class ModelServer:
+    """One model instance, from loading to unloading.
 
-    def initialize(self, args: dict[str, str]) -> None:
-        """Load the engine beside the model's config.pbtxt.
+    Args:
+        args: what Triton passes to ``initialize``.
 
-        Raises:
-            TritonModelException: the model cannot be served, with the reason.
-        """
+    Raises:
+        TritonModelException: the model cannot be served, with the reason.
+    """
+
+    def __init__(self, args: dict[str, str]) -> None:
         self._log = log_to_triton(instance_title(args))
         self._watchdog = start_watchdog()
         try:
@@ -78,11 +81,11 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"INPLACE-LOAD: {error}") from error
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        """Answer a batch of requests, each with its own result or error."""
+        """Answer a batch of requests; None if they are answered later."""
         return self._model.execute(requests)
 
-    def finalize(self) -> None:
-        """Unload the model; the states of its sequences are lost."""
+    def close(self) -> None:
+        """Answer the requests that wait or run, free everything and end the process."""
         self._model.close()
         self._log.stop()
         skip_interpreter_teardown()
@@ -94,7 +97,6 @@ def _load(args: dict[str, str]) -> LoadedModel:
     folder = Path(args["model_repository"]) / args["model_version"]
     manifest = Manifest.load(folder)
     trust = trusted_folders(os.getppid())
-    check_engine(EngineFolder(folder, trust), manifest)
     settings = Settings.parse(args["model_config"], manifest)
     program, streams = manifest.interface, settings.serve == "stream"
     tensors = model_tensors(
@@ -106,6 +108,15 @@ def _load(args: dict[str, str]) -> LoadedModel:
         prompt_logprobs=manifest.prompt_program is not None,
     )
     check_model_config(json.loads(args["model_config"]), tensors, settings.idle_timeout)
+    several = num_instances(args["model_config"]) > 1
+    digest = manifest.model_dump_json()
+    owner = engine_owner(args["model_instance_name"]) if several and settings.share_engine else ""
+    if owner not in ("", args["model_instance_name"]):
+        check_numpy(Path("/proc/self/exe"), np.__version__)
+        return _RelayedModel(
+            args, settings, Address.of({**args, "model_instance_name": owner}, digest)
+        )
+    check_engine(EngineFolder(folder, trust), manifest)
     if settings.capacity is not None:
         manifest = manifest.at_capacity(settings.capacity)
     gpu = instance_gpu(args) if manifest.device == "cuda" else None
@@ -131,36 +142,7 @@ def _load(args: dict[str, str]) -> LoadedModel:
     instance.is_forwarded = settings.is_forwarded
     if settings.prefixes is not None:
         instance.reuse_prefixes(settings.prefixes)
-    metrics = _start_reports(instance, settings, args)
-    address = None
-    if num_instances(args["model_config"]) > 1:
-        address = Address.of(args, manifest.model_dump_json())
-    if streams:
-        config = TokenizerConfig(tokenizer, settings.eos)
-        driver = StreamDriver(instance, config, settings.max_waiting, thread)
-        places = ModelPlaces(args, driver, instance.observer)
-        router = StreamRouter(driver, address, places) if address is not None else None
-        return _StreamModel(driver, metrics, places, router)
-    steps = StepDriver(instance, tokenizer)
-    places = ModelPlaces(args, steps, instance.observer)
-    step_router = StepRouter(steps, address, places) if address is not None else None
-    return _StepModel(steps, metrics, places, step_router)
-
-
-def _open_on(gpu: int | None, *arguments: Any, **options: Any) -> ModelInstance:
-    """Open a model on a GPU, which becomes the calling thread's; None for where it is now."""
-    if gpu is not None:
-        use_gpu(gpu)
-    return open_model(*arguments, **options)
-
-
-def _start_reports(
-    instance: ModelInstance, settings: Settings, args: dict[str, str]
-) -> TritonMetrics:
-    for note in settings.notes:
-        log.warning("%s", note)
-    log.setLevel(settings.log_level)
-    metrics = TritonMetrics(instance.observer.metrics, args)
+    metrics = _start_reports(instance.observer, settings, args)
     log.info(
         log_line(
             "ready",
@@ -170,25 +152,52 @@ def _start_reports(
             device=str(instance.arena.device),
         )
     )
-    return metrics
+    address = Address.of(args, digest) if several else None
+    if streams:
+        config = TokenizerConfig(tokenizer, settings.eos)
+        driver = StreamDriver(instance, config, settings.max_waiting, thread)
+        places = ModelPlaces(args, driver, instance.observer)
+        router = StreamRouter(driver, address, places) if address is not None else None
+        return _EngineModel(driver, metrics, places, router)
+    steps = StepDriver(instance, tokenizer)
+    places = ModelPlaces(args, steps, instance.observer)
+    step_router = StepRouter(steps, address, places) if address is not None else None
+    return _EngineModel(steps, metrics, places, step_router)
 
 
-class _StepModel:
-    """Answers requests before `execute` returns."""
+def _open_on(gpu: int | None, *arguments: Any, **options: Any) -> ModelInstance:
+    """Open a model on a GPU, which becomes the calling thread's; None for where it is now."""
+    if gpu is not None:
+        use_gpu(gpu)
+    return open_model(*arguments, **options)
+
+
+def _start_reports(observer: Observer, settings: Settings, args: dict[str, str]) -> TritonMetrics:
+    for note in settings.notes:
+        log.warning("%s", note)
+    log.setLevel(settings.log_level)
+    return TritonMetrics(observer.metrics, args)
+
+
+class _Batches:
+    """Passes the requests of a step model on, and answers them before it returns.
+
+    Args:
+        run: answers requests, in order.
+        places: of this instance in Triton.
+        observer: of this instance.
+    """
 
     def __init__(
         self,
-        driver: StepDriver,
-        metrics: TritonMetrics,
+        run: Callable[[Sequence[Request]], list[Answer]],
         places: ModelPlaces,
-        router: StepRouter | None,
+        observer: Observer,
     ) -> None:
-        self._driver, self._metrics, self._places = driver, metrics, places
-        self._observer = driver.instance.observer
-        self._router = router
-        self._run = driver.run if router is None else router.run
+        self._run, self._places, self._observer = run, places, observer
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer the requests of one call of Triton's."""
         admissions = [self._places.admit(request) for request in requests]
         parsed = [
             read_request(request) if admission == "serve" else admission
@@ -220,31 +229,26 @@ class _StepModel:
             ]
         )
 
-    def close(self) -> None:
-        live = len(self._driver.instance.table)
-        self._places.close()
-        self._driver.close()
-        if self._router is not None:
-            self._router.close()
-        log.info(log_line("unloaded", live=live))
-        self._metrics.close()
 
+class _Arrivals:
+    """Passes the requests of a stream model on; other threads answer them.
 
-class _StreamModel:
-    """Queues requests for the engine's thread; other threads answer them."""
+    Args:
+        submit: takes requests that came together, each with its channel.
+        places: of this instance in Triton.
+        observer: of this instance.
+    """
 
     def __init__(
         self,
-        driver: StreamDriver,
-        metrics: TritonMetrics,
+        submit: Callable[[Iterable[Arrival]], None],
         places: ModelPlaces,
-        router: StreamRouter | None,
+        observer: Observer,
     ) -> None:
-        self._driver, self._metrics, self._places = driver, metrics, places
-        self._router = router
-        self._submit = driver.submit if router is None else router.submit
+        self._submit, self._places, self._observer = submit, places, observer
 
     def execute(self, requests: Sequence[Any]) -> None:
+        """Take the requests of one call of Triton's."""
         self._submit(self._read(requests))
 
     def _read(self, requests: Sequence[Any]) -> Iterator[Arrival]:
@@ -271,8 +275,40 @@ class _StreamModel:
                 self._refuse(request, channel, parsed)
 
     def _refuse(self, request: Any, channel: TritonChannel, error: RequestError) -> None:
-        _report_refusal(self._driver.instance.observer, request, error)
+        _report_refusal(self._observer, request, error)
         channel.send_error(error)
+
+
+class _EngineModel:
+    """A model whose engine this instance has.
+
+    Args:
+        driver: has the sequences.
+        metrics: of this instance.
+        places: of this instance in Triton.
+        router: passes requests on to other instances; None if there are none.
+    """
+
+    def __init__(
+        self,
+        driver: StepDriver | StreamDriver,
+        metrics: TritonMetrics,
+        places: ModelPlaces,
+        router: StepRouter | StreamRouter | None,
+    ) -> None:
+        self._driver, self._metrics, self._places = driver, metrics, places
+        self._router = router
+        observer = driver.instance.observer
+        self._calls: _Batches | _Arrivals
+        if isinstance(driver, StepDriver):
+            run = router.run if isinstance(router, StepRouter) else driver.run
+            self._calls = _Batches(run, places, observer)
+        else:
+            submit = router.submit if isinstance(router, StreamRouter) else driver.submit
+            self._calls = _Arrivals(submit, places, observer)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        return self._calls.execute(requests)
 
     def close(self) -> None:
         live = len(self._driver.instance.table)
@@ -281,6 +317,42 @@ class _StreamModel:
         if self._router is not None:
             self._router.close()
         log.info(log_line("unloaded", live=live))
+        self._metrics.close()
+
+
+class _RelayedModel:
+    """A model whose engine another instance has (`inplace.server.relay`).
+
+    Args:
+        args: what Triton passes to ``initialize``.
+        settings: of the deployment.
+        owner: where the instance with the engine listens.
+    """
+
+    def __init__(self, args: dict[str, str], settings: Settings, owner: Address) -> None:
+        observer = Observer()
+        self._metrics = _start_reports(observer, settings, args)
+        self._relay: StepRelay | StreamRelay
+        self._calls: _Batches | _Arrivals
+        if settings.serve == "stream":
+            streams = self._relay = StreamRelay(owner, observer)
+            places = ModelPlaces(args, streams, observer)
+            self._calls = _Arrivals(streams.submit, places, observer)
+        else:
+            steps = self._relay = StepRelay(owner, observer)
+            places = ModelPlaces(args, steps, observer)
+            self._calls = _Batches(steps.run, places, observer)
+        self._places = places
+        self._relay.start(places)
+        log.info(log_line("ready", engine=engine_owner(args["model_instance_name"])))
+
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        return self._calls.execute(requests)
+
+    def close(self) -> None:
+        self._places.close()
+        self._relay.close()
+        log.info(log_line("unloaded"))
         self._metrics.close()
 
 

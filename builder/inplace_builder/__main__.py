@@ -178,6 +178,10 @@ def build(
             "each GPU."
         ),
     ] = 1,
+    share_engine: Annotated[
+        bool,
+        typer.Option(help="The instances of a GPU have one engine and its slots in common."),
+    ] = False,
     gpus: Annotated[
         str,
         typer.Option(help="GPUs of the server that serve it, for example 0,1: an engine on each."),
@@ -215,6 +219,7 @@ def build(
             idle_timeout=idle_timeout,
             queue_delay_microseconds=queue_delay_us,
             instances=instances,
+            share_engine=share_engine,
             gpus=_gpu_numbers(gpus),
             serve=serve,
         )

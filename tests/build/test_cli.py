@@ -89,7 +89,7 @@ def test_the_options_reach_the_engine(llama_folder: Path) -> None:
         ("--max-batch", "3", "--dtype", "bfloat16", "--min-capacity", "16"),
         ("--idle-timeout", "7.5", "--queue-delay-us", "123"),
     )
-    build(llama_folder, "--output", "m", *rows, *times, "--instances", "2", "--gpus", "all")
+    build(llama_folder, "--output", "m", *rows, *times, "--instances", "2", "--share-engine")
     manifest = Manifest.load(Path("m/1"))
     assert manifest.min_capacity == 16
     program = manifest.program("step")
@@ -104,6 +104,7 @@ def test_the_options_reach_the_engine(llama_folder: Path) -> None:
     assert "max_sequence_idle_microseconds: 7500000" in config
     assert "max_queue_delay_microseconds: 123" in config
     assert "count: 2" in config
+    assert 'key: "share_engine"' in config
 
 
 @pytest.mark.parametrize("given", ["llama", "llama/1"])

@@ -14,6 +14,7 @@ from inplace.protocol import FROM, POSITION, SEQUENCE_KEY
 from inplace.runtime.requests import Request
 from inplace.server.frames import decode, encode, read_request, read_texts, request_frame
 from inplace.server.peers import Address, is_child_of, listening_sockets
+from inplace.server.relay import engine_owner
 from torch import Tensor
 
 HERE = Address(server=7, model="m", instance="a", since=5, process=100)
@@ -113,3 +114,17 @@ def test_only_what_another_instance_may_have_is_asked_for_there(
     assert offered.may_succeed_elsewhere(error) is elsewhere
     assert not replace(offered, offered=False).may_succeed_elsewhere(error)
     assert not replace(offered, start=False).may_succeed_elsewhere(error)
+
+
+@pytest.mark.parametrize(
+    ("instance", "owner"),
+    [("m_0_0", "m_0_0"), ("m_0_12", "m_0_0"), ("m_1_2", "m_1_0"), ("a_3_b_0_1", "a_3_b_0_0")],
+)
+def test_the_first_instance_of_a_group_owns_the_engine(instance: str, owner: str) -> None:
+    assert engine_owner(instance) == owner
+
+
+def test_the_newest_process_of_the_owner_is_relayed_to() -> None:
+    old, new = (replace(HERE, since=since, process=since) for since in (3, 8))
+    assert HERE.listener([new.name, old.name, replace(new, instance="b", since=9).name]) == new
+    assert HERE.listener([]) is None

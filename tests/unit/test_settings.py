@@ -226,3 +226,15 @@ def test_prefixes_are_reused_only_where_the_operator_says_so() -> None:
         prefix_reuse_slots="3",
         prefix_reuse_without_key="on",
     ).prefixes == PrefixOptions(2.5, 3, without_key=True)
+
+
+def test_an_engine_is_shared_where_the_operator_says_so_and_it_has_an_effect() -> None:
+    on = {"share_engine": {"string_value": "on"}}
+    group = [{"count": 2, "kind": "KIND_CPU"}]
+    assert not parse(instance_group=group).share_engine
+    shared = parse(parameters=on, instance_group=group)
+    assert (shared.share_engine, shared.notes) == (True, ())
+    [note] = parse(parameters=on, instance_group=[{"count": 1}, {"count": 1}]).notes
+    assert "no instance_group has a count above 1" in note
+    with pytest.raises(LoadError, match="share_engine is 'yes'; expected on or off"):
+        parse(parameters={"share_engine": {"string_value": "yes"}}, instance_group=group)

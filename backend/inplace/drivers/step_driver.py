@@ -2,8 +2,10 @@
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -27,6 +29,18 @@ NO_GENERATIONS = (
 log = logging.getLogger("inplace")
 
 
+class _Call:
+    """Requests that were given to `StepDriver.run` together.
+
+    Attributes:
+        answers: one a request; None until they are known.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.answers: list[Answer] | None = None
+
+
 class StepDriver:
     """Runs a model instance for a server that calls with batches of requests.
 
@@ -45,6 +59,7 @@ class StepDriver:
         if tokenizer is not None:
             self._special = frozenset(special_tokens(tokenizer).values())
         self._lock = threading.Lock()
+        self._calls: deque[_Call] = deque()
         self._closing = threading.Event()
         self._reclaimer = threading.Thread(
             target=self._reclaim, name="inplace-reclaim", daemon=True
@@ -52,13 +67,32 @@ class StepDriver:
         self._reclaimer.start()
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer every request, in order. Those of one sequence take effect in the order given."""
+        """Answer every request, in order. Those of one sequence take effect in the order given.
+
+        Thread-safe: calls that come while another one runs are answered together after it, so that
+        their requests share steps.
+        """
+        call = _Call(requests)
+        self._calls.append(call)
+        with self._lock:
+            if call.answers is None:
+                calls = [self._calls.popleft() for _ in range(len(self._calls))]
+                self._run_calls(calls)
+        if call.answers is None:
+            raise RuntimeError("the requests of another thread failed, and these with them")
+        return call.answers
+
+    def _run_calls(self, calls: Sequence["_Call"]) -> None:
+        """Answer the requests of several calls as those of one."""
+        requests = [request for call in calls for request in call.requests]
         answers: list[Answer | None] = [None] * len(requests)
         waiting = list(enumerate(requests))
-        with self._lock, self.instance.engine.on_stream():
+        with self.instance.engine.on_stream():
             while waiting:
                 waiting = self._run_wave(waiting, answers)
-        return [answer for answer in answers if answer is not None]
+        given = iter(answer for answer in answers if answer is not None)
+        for call in calls:
+            call.answers = list(islice(given, len(call.requests)))
 
     def end_idle(self, seconds: float) -> None:
         """End the sequences that have had no request for so many seconds."""

@@ -458,9 +458,9 @@ class Observer:
         """Report how many free slots are kept with their tokens, now and later."""
         self.metrics.set_function(SLOTS_KEPT, lambda: len(kept))
 
-    def request_forwarded(self) -> None:
-        """A request was passed on to another instance of the model."""
-        self.metrics.add(FORWARDED)
+    def request_forwarded(self, num_requests: int = 1) -> None:
+        """Requests were passed on to another instance of the model."""
+        self.metrics.add(FORWARDED, num_requests)
 
     def watch_waiting(self, waiting: Sized) -> None:
         """Report the length of this queue, now and later, as the requests that wait for a slot."""

@@ -15,7 +15,7 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,7 +129,17 @@ class Address:
         return cls(int(server), model, instance, int(since), int(process))
 
     def others(self, listening: Iterable[str]) -> "list[Address]":
-        """The other instances of the model, of all names of sockets that listen.
+        """The other instances of the model, of all names of sockets that listen."""
+        newest = self._newest(listening)
+        newest.pop(self.instance, None)
+        return sorted(newest.values(), key=lambda each: each.instance)
+
+    def listener(self, listening: Iterable[str]) -> "Address | None":
+        """The process of this instance that listens now; None if none does."""
+        return self._newest(listening).get(self.instance)
+
+    def _newest(self, listening: Iterable[str]) -> "dict[str, Address]":
+        """The instances of the model.
 
         While a model is loaded again, its old processes still listen: of each instance the newest
         counts.
@@ -141,8 +151,7 @@ class Address:
                 continue
             if each.instance not in newest or each.since > newest[each.instance].since:
                 newest[each.instance] = each
-        newest.pop(self.instance, None)
-        return sorted(newest.values(), key=lambda each: each.instance)
+        return newest
 
 
 def _digest(*texts: str) -> str:
@@ -239,7 +248,7 @@ class PeerEvents(Protocol):
     """Learns what another instance does with the sequences that it was given."""
 
     def peer_greeted(self, nonce: str) -> None:
-        """Another instance marks its own requests to the model so."""
+        """Another instance marks its own requests to the model so; it may not be the peer."""
 
     def peer_started(self, peer: "Peer", sequence_id: SequenceId) -> None:
         """A sequence was given a slot there."""
@@ -258,17 +267,21 @@ class Peer:
         address: where it listens.
         events: learns of its sequences.
         nonce: marks this instance's own requests to the model.
+        relays: whether this instance has no engine and forwards all of its requests there.
 
     Attributes:
-        nonce: marks those of the other one; empty until it has greeted.
+        nonces: mark the requests to the model of the other one, and of instances that relay to it.
         closed: the connection has ended.
 
     Raises:
         OSError: it cannot be connected to, or is no process of this server.
     """
 
-    def __init__(self, address: Address, events: PeerEvents, nonce: str) -> None:
-        self.address, self._events, self.nonce = address, events, ""
+    def __init__(
+        self, address: Address, events: PeerEvents, nonce: str, *, relays: bool = False
+    ) -> None:
+        self.address, self._events = address, events
+        self.nonces: set[str] = set()
         self._numbers = itertools.count()
         self._pending: dict[int, Channel] = {}
         self._lock = threading.Lock()
@@ -284,20 +297,28 @@ class Peer:
             connected.close()
             raise
         self._connection = Connection(connected, self._on_frames, self._on_closed)
-        self._connection.send(encode({"type": "hello", "nonce": nonce}, {}))
+        self._connection.send(encode({"type": "hello", "nonce": nonce, "relays": relays}, {}))
 
     def forward(self, arrival: Arrival) -> int:
         """Have a request answered there, through its channel; returns a number to cancel it by."""
+        return self.forward_all([arrival])[0]
+
+    def forward_all(self, arrivals: Sequence[Arrival]) -> list[int]:
+        """Have requests answered there that arrived together; returns a number for each."""
         with self._lock:
-            number = next(self._numbers)
-            if not self.closed:
-                self._pending[number] = arrival[2]
-        if self.closed:
-            self._pending.pop(number, None)
-            arrival[2].send_error(self._lost())
+            numbers = [next(self._numbers) for _ in arrivals]
+            closed = self.closed
+            if not closed:
+                self._pending.update(
+                    (number, channel)
+                    for number, (_, _, channel) in zip(numbers, arrivals, strict=True)
+                )
+        if closed:
+            for _, _, channel in arrivals:
+                channel.send_error(self._lost())
         else:
-            self._connection.send(request_frame(number, arrival))
-        return number
+            self._connection.send(b"".join(map(request_frame, numbers, arrivals)))
+        return numbers
 
     def watch(self, sequence_id: SequenceId) -> None:
         """Have `PeerEvents.peer_ended` called when a sequence ends there, or if it has ended."""
@@ -324,9 +345,10 @@ class Peer:
 
     def _on_frame(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         match header["type"]:
-            case "hello":
-                self.nonce = header["nonce"]
-                self._events.peer_greeted(self.nonce)
+            case "nonces":
+                self.nonces.update(header["nonces"])
+                for nonce in header["nonces"]:
+                    self._events.peer_greeted(nonce)
             case "started":
                 self._events.peer_started(self, header["sequence_id"])
             case "ended":
@@ -432,8 +454,9 @@ class PeerServer:
 
     Args:
         address: where to listen.
-        serve: serves requests that arrived together.
-        is_live: whether a sequence owns a slot here.
+        serve: serves requests that arrived together and are for this instance.
+        serve_relayed: serves those of instances without an engine, wherever they belong.
+        is_live: whether a sequence owns a slot here, or in an instance that this one forwards to.
         nonce: marks this instance's own requests to the model.
         on_greeting: called with the same of an instance that has connected.
 
@@ -445,17 +468,24 @@ class PeerServer:
         self,
         address: Address,
         serve: Callable[[list[Arrival]], None],
+        serve_relayed: Callable[[list[Arrival]], None],
         is_live: Callable[[SequenceId], bool],
         nonce: str,
         on_greeting: Callable[[str], None],
     ) -> None:
-        self._address, self._serve, self._is_live = address, serve, is_live
-        self._nonce, self._on_greeting = nonce, on_greeting
+        self._address, self._is_live = address, is_live
+        self._serve, self._serve_relayed = serve, serve_relayed
+        self._on_greeting = on_greeting
+        self._own_nonces, self._nonces = {nonce}, {nonce}  # those of relays are our own
         self._connections: dict[Connection, dict[int, _PeerChannel]] = {}
+        self._relays: set[Connection] = set()
         self._origins: dict[SequenceId, Connection] = {}  # who forwards a sequence's requests
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(f"\0{address.name}")
         self._socket.listen()
+
+    def start(self) -> None:
+        """Accept connections from now on."""
         threading.Thread(target=self._accept, name="inplace-listen", daemon=True).start()
 
     def close(self) -> None:
@@ -465,6 +495,21 @@ class PeerServer:
         self._socket.close()
         for connection in list(self._connections):
             connection.finish()
+
+    def learn(self, nonce: str) -> None:
+        """Tell the instances without an engine how another instance marks its own requests."""
+        if nonce not in self._nonces:
+            self._nonces.add(nonce)
+            for relay in self._relays.copy():
+                relay.send(encode({"type": "nonces", "nonces": [nonce]}, {}))
+
+    def sequence_moved(self, sequence_id: SequenceId) -> None:
+        """Another instance has admitted a sequence whose requests this one forwards."""
+        self._notify("started", sequence_id, self._origins.get(sequence_id))
+
+    def sequence_left(self, sequence_id: SequenceId) -> None:
+        """The sequence has ended in that instance."""
+        self._notify("ended", sequence_id, self._origins.pop(sequence_id, None))
 
     def sequence_started(self, sequence: SequenceState) -> None:
         """A sequence was given a slot."""
@@ -507,15 +552,15 @@ class PeerServer:
             self._origins[request.sequence_id] = connection
             arrivals.append((request, read_texts(header), channel))
         if arrivals:
-            self._serve(arrivals)
+            serve = self._serve_relayed if connection in self._relays else self._serve
+            serve(arrivals)
 
     def _on_notice(
         self, connection: Connection, channels: dict[int, _PeerChannel], header: dict[str, Any]
     ) -> None:
         match header["type"]:
             case "hello":
-                connection.send(encode({"type": "hello", "nonce": self._nonce}, {}))
-                self._on_greeting(header["nonce"])
+                self._on_hello(connection, header["nonce"], relays=header["relays"])
             case "watch":
                 sequence_id = header["sequence_id"]
                 self._origins[sequence_id] = connection
@@ -525,6 +570,17 @@ class PeerServer:
             case "cancel":
                 if (channel := channels.get(header["number"])) is not None:
                     channel.cancelled = True
+
+    def _on_hello(self, connection: Connection, nonce: str, *, relays: bool) -> None:
+        self.learn(nonce)
+        if relays:
+            self._relays.add(connection)
+            self._own_nonces.add(nonce)
+            for other in self._connections.keys() - self._relays:
+                other.send(encode({"type": "nonces", "nonces": [nonce]}, {}))
+        known = self._nonces if relays else self._own_nonces
+        connection.send(encode({"type": "nonces", "nonces": sorted(known)}, {}))
+        self._on_greeting(nonce)
 
     def _on_final(
         self,
@@ -543,6 +599,7 @@ class PeerServer:
 
     def _on_closed(self, connection: Connection) -> None:
         channels = self._connections.pop(connection, {})
+        self._relays.discard(connection)
         for channel in channels.values():
             channel.cancelled = True
         for sequence_id, origin in list(self._origins.items()):

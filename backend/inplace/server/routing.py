@@ -11,11 +11,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import monotonic
 from typing import Protocol
 
 from inplace.drivers import Arrival, StepDriver, StreamDriver
-from inplace.drivers.reply import Channel, Outputs
+from inplace.drivers.reply import Outputs
 from inplace.drivers.senders import CANCEL_CHECK_INTERVAL
 from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import FROM
@@ -24,6 +25,7 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState
+from inplace.server.forwarding import AnswerChannel, CancellationWatch, RoutedChannel
 from inplace.server.peers import Address, Peer, PeerLostError, Peers, PeerServer
 
 log = logging.getLogger("inplace")
@@ -50,10 +52,15 @@ class RemotePlaces(Protocol):
 
 
 class _Routes:
-    """Which sequences other instances have, of those that Triton sends to this one. Thread-safe."""
+    """Which sequences other instances have, of those that Triton sends to this one. Thread-safe.
+
+    Attributes:
+        server: tells the instance without an engine to which Triton sends a sequence.
+    """
 
     def __init__(self, places: RemotePlaces, observer: Observer) -> None:
         self._places, self._observer = places, observer
+        self.server: PeerServer | None = None
         self._peers: dict[SequenceId, Peer] = {}
         self._lock = threading.Lock()
 
@@ -73,6 +80,8 @@ class _Routes:
             self._peers[sequence_id] = peer
         if not known:
             self._places.moved(sequence_id)
+            if self.server is not None:
+                self.server.sequence_moved(sequence_id)
 
     def remove(self, sequence_id: SequenceId, peer: Peer) -> None:
         """A sequence has ended there, or was never admitted."""
@@ -81,6 +90,8 @@ class _Routes:
                 return
             del self._peers[sequence_id]
         self._places.left(sequence_id)
+        if self.server is not None:
+            self.server.sequence_left(sequence_id)
 
     def remove_all(self, peer: Peer) -> None:
         """An instance has ended, with all of its sequences."""
@@ -104,6 +115,7 @@ class _Router:
         address: of this instance.
         places: of this instance in Triton.
         serve: serves requests that other instances forward.
+        serve_relayed: serves requests of instances that have no engine.
     """
 
     def __init__(
@@ -112,17 +124,24 @@ class _Router:
         address: Address,
         places: RemotePlaces,
         serve: Callable[[list[Arrival]], None],
+        serve_relayed: Callable[[list[Arrival]], None],
     ) -> None:
         self._table, self._observer, self._places = instance.table, instance.observer, places
         self._routes = _Routes(places, self._observer)
         self._peers = Peers(address, self, places.nonce)
-        self._server = PeerServer(address, serve, self._is_live, places.nonce, self._on_greeting)
+        self._server = self._routes.server = PeerServer(
+            address, serve, serve_relayed, self._is_served, places.nonce, self._on_greeting
+        )
         self._observer.forward_to(self._server)
         places.watch_starts(self._on_foreign_start)
+        self._server.start()
         self._peers.refresh()
 
     def _is_live(self, sequence_id: SequenceId) -> bool:
         return self._table.get(sequence_id) is not None
+
+    def _is_served(self, sequence_id: SequenceId) -> bool:
+        return self._is_live(sequence_id) or self._routes.get(sequence_id) is not None
 
     def _on_greeting(self, nonce: str) -> None:
         """Another instance has connected, which may have begun later than this one."""
@@ -132,13 +151,14 @@ class _Router:
     def _on_foreign_start(self, sequence_id: SequenceId, nonce: str) -> None:
         """Triton has given this instance the place that another opened for a live sequence."""
         for peer in self._peers.all():
-            if peer.nonce == nonce and not self._is_live(sequence_id):
+            if nonce in peer.nonces and not self._is_live(sequence_id):
                 self._routes.add(sequence_id, peer)
                 peer.watch(sequence_id)
 
     def peer_greeted(self, nonce: str) -> None:
         """Another instance marks its own requests to the model so."""
         self._places.recognize(nonce)
+        self._server.learn(nonce)
 
     def peer_started(self, peer: Peer, sequence_id: SequenceId) -> None:
         """A sequence was given a slot there."""
@@ -171,30 +191,6 @@ def final_error(errors: Sequence[tuple[Peer | None, RequestError]]) -> tuple[Pee
 # Step models
 
 
-class _Answered:
-    """The channel of a forwarded step; `result` waits for its answer."""
-
-    def __init__(self, requested_outputs: frozenset[str]) -> None:
-        self.requested_outputs = requested_outputs
-        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-
-    def send(self, outputs: Outputs, *, final: bool) -> None:
-        """Take the answer."""
-        self._answers.put(dict(outputs))
-
-    def send_error(self, error: RequestError) -> None:
-        """Take the error."""
-        self._answers.put(error)
-
-    def is_cancelled(self) -> bool:
-        """Never: a step that runs is not stopped."""
-        return False
-
-    def result(self) -> Answer:
-        """Wait for the answer, or for the end of the instance."""
-        return self._answers.get()
-
-
 class StepRouter(_Router):
     """Answers the requests of a step model, here or in another instance.
 
@@ -206,7 +202,13 @@ class StepRouter(_Router):
 
     def __init__(self, driver: StepDriver, address: Address, places: RemotePlaces) -> None:
         self._driver = driver
-        super().__init__(driver.instance, address, places, self._serve)
+        super().__init__(
+            driver.instance,
+            address,
+            places,
+            partial(_answer, driver.run),
+            partial(_answer, self.run),
+        )
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer every request, in order. Those of one sequence take effect in the order given."""
@@ -240,7 +242,7 @@ class StepRouter(_Router):
     def _run(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer requests; forwarded ones run beside those of this instance."""
         here: list[tuple[int, Request]] = []
-        waits: dict[int, tuple[Peer, _Answered]] = {}
+        waits: dict[int, tuple[Peer, AnswerChannel]] = {}
         for index, request in enumerate(requests):
             asked = replace(request, offered=True) if request.start else request
             peer = self._routes.get(request.sequence_id)
@@ -262,8 +264,8 @@ class StepRouter(_Router):
             answers[index] = answer
         return [answers[index] for index in range(len(requests))]
 
-    def _send(self, peer: Peer, request: Request) -> _Answered:
-        channel = _Answered(request.requested_outputs or frozenset())
+    def _send(self, peer: Peer, request: Request) -> AnswerChannel:
+        channel = AnswerChannel(request.requested_outputs or frozenset())
         self._routes.forward(peer, (request, {}, channel))
         return channel
 
@@ -301,18 +303,19 @@ class StepRouter(_Router):
         if not request.end and request.continues_sequence:
             self._routes.add(request.sequence_id, peer)
 
-    def _serve(self, arrivals: list[Arrival]) -> None:
-        """Answer requests that another instance has forwarded."""
-        try:
-            answers = self._driver.run([request for request, _, _ in arrivals])
-        except Exception as error:  # a defect; the other instance waits for answers
-            log.exception("forwarded requests failed")
-            answers = [backend_failure(error)] * len(arrivals)
-        for (_, _, channel), answer in zip(arrivals, answers, strict=True):
-            if isinstance(answer, RequestError):
-                channel.send_error(answer)
-            else:
-                channel.send(answer, final=True)
+
+def _answer(run: Callable[[Sequence[Request]], list[Answer]], arrivals: Sequence[Arrival]) -> None:
+    """Answer requests that another instance has forwarded."""
+    try:
+        answers = run([request for request, _, _ in arrivals])
+    except Exception as error:  # a defect; the other instance waits for answers
+        log.exception("forwarded requests failed")
+        answers = [backend_failure(error)] * len(arrivals)
+    for (_, _, channel), answer in zip(arrivals, answers, strict=True):
+        if isinstance(answer, RequestError):
+            channel.send_error(answer)
+        else:
+            channel.send(answer, final=True)
 
 
 def _declines(request: Request, error: RequestError) -> bool:
@@ -320,39 +323,6 @@ def _declines(request: Request, error: RequestError) -> bool:
 
 
 # Stream models
-
-
-class _RoutedChannel:
-    """A client's channel that is asked for cancellation only before its final response.
-
-    A request that another instance answers is not asked by that one's reply.
-    """
-
-    def __init__(self, channel: Channel) -> None:
-        self.requested_outputs = channel.requested_outputs
-        self._channel, self._lock, self._finished = channel, threading.Lock(), False
-
-    def send(self, outputs: Outputs, *, final: bool) -> None:
-        """Send a response."""
-        with self._lock:
-            self._finished |= final
-            self._channel.send(outputs, final=final)
-
-    def send_error(self, error: RequestError) -> None:
-        """Send an error as the final response."""
-        with self._lock:
-            self._finished = True
-            self._channel.send_error(error)
-
-    def is_cancelled(self) -> bool:
-        """Whether the client has cancelled; False after the final response."""
-        with self._lock:
-            return not self._finished and self._channel.is_cancelled()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the final response was sent."""
-        return self._finished
 
 
 @dataclass(eq=False)
@@ -369,7 +339,7 @@ class _Offer:
     """
 
     arrival: Arrival
-    channel: _RoutedChannel
+    channel: RoutedChannel
     target: Peer | None
     errors: list[tuple[Peer | None, RequestError]] = field(default_factory=list)
     settled: bool = False
@@ -422,10 +392,10 @@ class StreamRouter(_Router):
     def __init__(self, driver: StreamDriver, address: Address, places: RemotePlaces) -> None:
         self._driver = driver
         self._offers: dict[SequenceId, _Offer] = {}
-        self._forwarded: list[tuple[_RoutedChannel, Peer, int]] = []
+        self._watch = CancellationWatch()
         self._lock = threading.RLock()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        super().__init__(driver.instance, address, places, driver.submit)
+        super().__init__(driver.instance, address, places, driver.submit, self.submit)
         self._observer.forward_to(self)
         self._thread = threading.Thread(target=self._run, name="inplace-route", daemon=True)
         self._thread.start()
@@ -456,11 +426,11 @@ class StreamRouter(_Router):
             if not request.start:
                 if peer is None:
                     return arrival
-                self._forward(peer, request, arrival, _RoutedChannel(channel))
+                self._forward(peer, request, arrival, RoutedChannel(channel))
                 return None
             if peer is None:
                 peer = self._routes.source(request)
-            offer = _Offer(arrival, _RoutedChannel(channel), peer)
+            offer = _Offer(arrival, RoutedChannel(channel), peer)
             self._offers[request.sequence_id] = offer
             offered = replace(request, offered=True), texts, _OfferChannel(self, offer)
             if peer is None:
@@ -469,18 +439,17 @@ class StreamRouter(_Router):
             return None
 
     def _forward(
-        self, peer: Peer, request: Request, arrival: Arrival, channel: _RoutedChannel
+        self, peer: Peer, request: Request, arrival: Arrival, channel: RoutedChannel
     ) -> None:
         number = self._routes.forward(peer, (request, arrival[1], channel))
-        self._watch(channel, peer, number)
+        self._watch_cancelled(channel, peer, number)
 
     def _forward_offer(self, peer: Peer, offer: _Offer, offered: Arrival) -> None:
         offer.target = peer
-        self._watch(offer.channel, peer, self._routes.forward(peer, offered))
+        self._watch_cancelled(offer.channel, peer, self._routes.forward(peer, offered))
 
-    def _watch(self, channel: _RoutedChannel, peer: Peer, number: int) -> None:
-        with self._lock:
-            self._forwarded.append((channel, peer, number))
+    def _watch_cancelled(self, channel: RoutedChannel, peer: Peer, number: int) -> None:
+        self._watch.add(channel, peer, number)
         self._events.put(_nothing)  # the thread checks from now on
 
     # Offers. They are called on threads of drivers and connections, and act on our own.
@@ -561,7 +530,7 @@ class StreamRouter(_Router):
         peer = self._routes.get(request.sequence_id)
         if peer is None:
             return arrival
-        self._forward(peer, request, arrival, _RoutedChannel(channel))
+        self._forward(peer, request, arrival, RoutedChannel(channel))
         return None
 
     # Events
@@ -588,7 +557,7 @@ class StreamRouter(_Router):
         next_check = 0.0
         while True:
             try:
-                event = self._events.get(timeout=CANCEL_CHECK_INTERVAL if self._forwarded else None)
+                event = self._events.get(timeout=CANCEL_CHECK_INTERVAL if self._watch else None)
                 if event is None:
                     return
                 event()
@@ -598,22 +567,7 @@ class StreamRouter(_Router):
                 log.exception("a request could not be offered to another instance")
             if monotonic() >= next_check:
                 next_check = monotonic() + CANCEL_CHECK_INTERVAL
-                self._check_cancelled()
-
-    def _check_cancelled(self) -> None:
-        with self._lock:
-            forwarded, self._forwarded = self._forwarded, []
-        for channel, peer, number in forwarded:
-            try:
-                cancelled = channel.is_cancelled()
-            except Exception:  # an error of the server
-                log.exception("a request was not asked whether it is cancelled")
-                continue
-            if cancelled:
-                peer.cancel(number)
-            elif not channel.finished:
-                with self._lock:
-                    self._forwarded.append((channel, peer, number))
+                self._watch.check()
 
 
 def _nothing() -> None:

@@ -55,6 +55,11 @@ FORWARDED_HEADERS = "forwarded_headers"
 requests: what ``--http-header-forward-pattern`` and ``--grpc-header-forward-pattern`` have."""
 
 
+SHARE_ENGINE = "share_engine"
+"""The parameter, ``on`` or ``off``, that lets the instances of a group use the engine of the first,
+which has weights and slots alone. The others read requests and write responses."""
+
+
 PREFIX_REUSE, PREFIX_WITHOUT_KEY = "prefix_reuse", "prefix_reuse_without_key"
 """The parameters, ``on`` or ``off``, that let prompts use what earlier sequences have computed, and
 those of sequences without a key too."""
@@ -75,6 +80,7 @@ PARAMETERS = (
     CALL_ROWS,
     LOOP_CALLS,
     FORWARDED_HEADERS,
+    SHARE_ENGINE,
     PREFIX_REUSE,
     PREFIX_WITHOUT_KEY,
     PREFIX_SECONDS,
@@ -131,6 +137,7 @@ class Settings:
         call_rows: by program of a schedule, most rows of a call.
         loop_calls: most calls of a program of a schedule in succession before the host reads what
             they gave; None for the engine's default.
+        share_engine: whether the instances of a group use the engine of the first.
         prefixes: how prompts use what earlier ones have computed; None if they do not.
         log_level: the lowest level of the log records that reach the server's log.
         forwarded_headers: matches the names of headers that arrive as parameters; None if the
@@ -145,6 +152,7 @@ class Settings:
     capacity: int | None = None
     call_rows: Mapping[str, int] = field(default_factory=dict)
     loop_calls: int | None = None
+    share_engine: bool = False
     prefixes: PrefixOptions | None = None
     log_level: int = logging.INFO
     forwarded_headers: re.Pattern[str] | None = None
@@ -189,6 +197,12 @@ class Settings:
                 f"token ids below {vocab_size}"
             )
         idle_timeout, notes = _idle_timeout(config, serve)
+        share_engine = _switch(config, SHARE_ENGINE)
+        if share_engine and not any(
+            int(group.get("count", 1)) > 1 for group in config.get("instance_group", [])
+        ):
+            note = f"{SHARE_ENGINE} has no effect: no instance_group has a count above 1"
+            notes = (*notes, note)
         max_waiting = _integer(config, QUEUE)
         return cls(
             idle_timeout,
@@ -198,6 +212,7 @@ class Settings:
             capacity=_integer(config, CAPACITY),
             call_rows=_call_rows(config, manifest),
             loop_calls=_loop_calls(config, manifest),
+            share_engine=share_engine,
             prefixes=_prefixes(config),
             log_level=_log_level(config),
             forwarded_headers=forwarded_headers(model_config),

@@ -9,7 +9,15 @@ from inplace.protocol import CHUNK_SAMPLES, POSITIONS, REQUESTS, SAMPLE_RATE, WI
 from inplace.runtime.audio import audio_spec
 from inplace.schema.served import Manifest
 from inplace.server.model_config import ServerTensor, model_tensors, proxy_tensors
-from inplace.server.settings import EOS, GENERATE_PROXY, IDLE_TIMEOUT, MAX_WAITING, QUEUE, SERVE
+from inplace.server.settings import (
+    EOS,
+    GENERATE_PROXY,
+    IDLE_TIMEOUT,
+    MAX_WAITING,
+    QUEUE,
+    SERVE,
+    SHARE_ENGINE,
+)
 from tritonclient.grpc import model_config_pb2 as pb
 
 from inplace_builder.errors import BuildError
@@ -138,7 +146,7 @@ def model_config(
     Args:
         manifest: the engine.
         options: how it is served: ``serve``, ``idle_timeout``, ``queue_delay_microseconds``,
-            ``instances`` and ``gpus``.
+            ``instances``, ``share_engine`` and ``gpus``.
         text: of a model that generates, which is served as ``stream``.
 
     Raises:
@@ -158,6 +166,8 @@ def model_config(
     except ValueError as error:
         raise BuildError(str(error)) from error
     parameters = {SERVE: options.serve, IDLE_TIMEOUT: f"{options.idle_timeout:.15g}"}
+    if options.share_engine:
+        parameters[SHARE_ENGINE] = "on"
     if manifest.is_scheduled:
         parameters[POSITIONS] = REQUESTS
     if (audio := audio_spec(program)) is not None:

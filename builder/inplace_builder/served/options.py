@@ -55,6 +55,7 @@ class BuildOptions:
             (``step``).
         instances: processes that serve the model, each with weights and ``slots`` slots of its own,
             on each GPU; see docs/operations.md.
+        share_engine: the instances of a GPU have weights and ``slots`` slots in common.
         gpus: the GPUs that serve it, by their numbers on the server; empty for all.
         serve: the protocol: ``step``, or ``stream`` with generations beside steps; see
             docs/protocol.md.
@@ -88,6 +89,7 @@ class BuildOptions:
     queue_delay_microseconds: int = 500
     step_tokens: int | None = None
     instances: int = 1
+    share_engine: bool = False
     serve: Protocol = "step"
     engine: EngineKind = "torch"
     alias: AliasKind | None = None
@@ -191,6 +193,10 @@ class BuildOptions:
         for name in ("slots", "max_rows", "capacity", "chunk", "instances"):
             if getattr(self, name) < 1:
                 raise BuildError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.share_engine and self.instances == 1:
+            raise BuildError(
+                "share_engine is for several instances of a GPU: set instances, or leave it out"
+            )
         if self.min_capacity is not None and not 1 <= self.min_capacity <= self.capacity:
             raise BuildError(
                 f"min_capacity is {self.min_capacity}; "

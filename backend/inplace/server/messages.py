@@ -34,8 +34,10 @@ STATUS = {
     Code.QUEUE_FULL: "UNAVAILABLE",
     Code.SEQUENCE_BUSY: "UNAVAILABLE",
     Code.SHUTDOWN: "UNAVAILABLE",
+    Code.SNAPSHOT_BUSY: "UNAVAILABLE",
     Code.CANCELLED: "CANCELLED",
     Code.UNKNOWN_SEQUENCE: "NOT_FOUND",
+    Code.NO_SNAPSHOT: "NOT_FOUND",
     Code.ENGINE_FAILED: "INTERNAL",
 }
 """Triton's status of an error; INVALID_ARG for the other codes.

@@ -1,14 +1,17 @@
 """Write the files of a served engine."""
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from inplace.schema.files import record_files
 from inplace.schema.schedule import DEFAULT_SCHEDULE, PROMPT_LOGPROBS, Schedule
 from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest
 from inplace.schema.specs import INITIAL_FILE
 from inplace.schema.tensor_file import write_tensors
+from inplace.snapshots.contract import WEIGHTS_NOTE
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -69,6 +72,7 @@ def write_files(
             alone = len(captures) == 1 or capture.prompt_logprobs is not None
             program = _write_program(folder, capture, options, plan, notes, written, alone=alone)
         programs.append(program)
+    notes[WEIGHTS_NOTE] = _digest_weights(captures)
     states = union_of_states(captures)
     initial = {name: tensor for capture in captures for name, tensor in capture.initial.items()}
     if initial:
@@ -135,3 +139,26 @@ def _write_program(
     if engine.plan is not None and engine.plan.weights is not None:
         written[engine.plan.weights] = plan.weights
     return CompiledProgram.of(compiled.program, engine, plan.lowering, states)
+
+
+def _digest_weights(captures: Sequence[Capture]) -> str:
+    """The SHA-256 digest of what programs were captured with, before anything is lowered.
+
+    Tensors that several names share are read once.
+    """
+    digest, seen = sha256(), dict[tuple[object, ...], bytes]()
+    for capture in captures:
+        held = {**capture.exported.state_dict, **capture.exported.constants}
+        for name, tensor in sorted(held.items()):
+            if not isinstance(tensor, Tensor):
+                continue
+            place = (
+                tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape,
+                tensor.stride(), tensor.dtype,
+            )  # fmt: skip
+            if place not in seen:
+                data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+                seen[place] = sha256(data.numpy().data).digest()
+            text = f"{capture.program.name} {name} {tensor.dtype} {list(tensor.shape)} "
+            digest.update(text.encode() + seen[place])
+    return digest.hexdigest()

@@ -1,0 +1,332 @@
+"""The store of one model's sequences: names, epochs, time to live and quota."""
+
+import hmac
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from inplace.parameters import MAX_SEQUENCE_ID_BYTES
+from inplace.snapshots.buckets import PARTIAL, Bucket, Entry
+from inplace.snapshots.content import OVERHEAD, Record, Snapshot, decode, encode
+from inplace.snapshots.errors import SnapshotError, SnapshotReason
+
+log = logging.getLogger("inplace")
+
+_OBJECT = re.compile(r"(?P<name>[0-9a-f]{64})\.(?P<epoch>[0-9]{1,18})")
+
+OBJECT_BYTES = 1024
+"""About what an object has beside tensors and tokens."""
+
+USAGE_SECONDS = 5.0
+"""For how long the sum of the sizes of all objects is taken for true."""
+
+
+@dataclass(slots=True)
+class Lease:
+    """What a replica has of a sequence in the store.
+
+    Attributes:
+        name: of the sequence.
+        epoch: that the replica has; None before it has written anything.
+        stored_at: the position of the last snapshot that it has written or restored; 0 before.
+        expires: of the last object that it has written, in seconds since 1970.
+    """
+
+    name: str
+    epoch: int | None = None
+    stored_at: int = 0
+    expires: float = 0.0
+
+
+class SnapshotStore:
+    """Snapshots of the sequences of one model. Thread-safe.
+
+    Each sequence has a name, and each replica that has it an *epoch*. The object of an epoch is
+    created on the condition that it does not exist, as a claim, so of several replicas one gets it;
+    the snapshot replaces the claim. A replica that finds an epoch above its own is fenced.
+
+    Args:
+        bucket: where the objects lie.
+        secret: that all servers of the store share.
+        model: the model's name.
+        contract: of its engine (`inplace.snapshots.contract.state_contract`).
+        slot_bytes: of a sequence's states at most; a larger object is not read.
+        seconds: time to live of an object.
+        quota_bytes: that all objects together may have; None for no limit.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        secret: bytes,
+        model: str,
+        contract: str,
+        *,
+        slot_bytes: int,
+        seconds: float = 3600.0,
+        quota_bytes: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._bucket, self._model, self.contract = bucket, model, contract
+        self._name_key, self._mac_key, self.salt_key = (
+            hmac.digest(secret, b"inplace snapshots " + purpose, "sha256")
+            for purpose in (b"name", b"mac", b"salt")
+        )
+        self._max_bytes = 2 * slot_bytes + OVERHEAD
+        self._seconds, self._quota, self._clock = seconds, quota_bytes, clock
+        self._usage, self._usage_until = 0, 0.0
+        self._lock = threading.Lock()
+
+    def name(self, sequence_id: int | str, key_digest: bytes) -> str:
+        """The name of a sequence in the store: an HMAC, from which nobody learns id or key.
+
+        Args:
+            sequence_id: the correlation id; a number and its digits are different ones.
+            key_digest: digest of its key.
+        """
+        if isinstance(sequence_id, str):
+            identity = b"s" + sequence_id.encode(errors="surrogatepass")
+        else:
+            identity = b"i" + str(sequence_id).encode()
+        assert len(identity) <= MAX_SEQUENCE_ID_BYTES + 1
+        model = self._model.encode()
+        parts = b"".join(len(each).to_bytes(4, "big") + each for each in (model, identity))
+        return hmac.digest(self._name_key, parts + key_digest, "sha256").hex()
+
+    # Of the replica that has a sequence
+
+    def begin(self, lease: Lease) -> None:
+        """A sequence begins anew: what the store has of an earlier one is not restored any more.
+
+        Raises:
+            SnapshotError: UNAVAILABLE.
+        """
+        with _store_errors():
+            if epochs := self._epochs(lease.name):
+                self._claim(lease, epochs)
+
+    def write(self, lease: Lease, snapshot: Snapshot) -> int:
+        """Store a sequence in the place of its last snapshot; returns the bytes.
+
+        Raises:
+            SnapshotError: FENCED, QUOTA or UNAVAILABLE.
+        """
+        with _store_errors():
+            epochs = self._epochs(lease.name)
+            if lease.epoch is not None:
+                self._check_fence(lease, epochs)
+            replaced = sum(entry.size for entry in epochs.values())
+            expected = snapshot.num_bytes + OBJECT_BYTES - replaced
+            self._check_quota(expected)
+            if lease.epoch is None:
+                self._claim(lease, epochs)
+            assert lease.epoch is not None
+            expires = self._clock() + self._seconds
+            parts = list(encode(Record(lease.name, lease.epoch, expires, snapshot), self._mac_key))
+            size = sum(map(len, parts))
+            self._bucket.write(_object(lease.name, lease.epoch), parts)
+            lease.expires, lease.stored_at = expires, snapshot.position
+            epochs = self._epochs(lease.name)
+            self._check_fence(lease, epochs)
+            for epoch in epochs:
+                if epoch < lease.epoch:
+                    self._bucket.delete(_object(lease.name, epoch))
+            return size
+
+    def end(self, lease: Lease) -> None:
+        """The sequence has ended: delete what the store has of it, but not of later holders.
+
+        Raises:
+            SnapshotError: UNAVAILABLE.
+        """
+        if lease.epoch is None:
+            return
+        with _store_errors():
+            for epoch in self._epochs(lease.name):
+                if epoch <= lease.epoch:
+                    self._bucket.delete(_object(lease.name, epoch))
+
+    def forget(self, name: str) -> None:
+        """The client has ended the sequence, which no replica has: delete all of it.
+
+        Raises:
+            SnapshotError: UNAVAILABLE.
+        """
+        with _store_errors():
+            for epoch in self._epochs(name):
+                self._bucket.delete(_object(name, epoch))
+
+    def fenced(self, leases: list[Lease]) -> list[Lease]:
+        """Those of these leases whose sequences another replica has since, by one listing.
+
+        Raises:
+            SnapshotError: UNAVAILABLE.
+        """
+        with _store_errors():
+            highest: dict[str, int] = {}
+            for name, epoch, _ in self._objects():
+                highest[name] = max(epoch, highest.get(name, 0))
+        now = self._clock()
+        return [
+            lease
+            for lease in leases
+            if lease.epoch is not None
+            and (
+                highest.get(lease.name, 0) > lease.epoch
+                or (lease.name not in highest and lease.expires > now)
+            )
+        ]
+
+    # Of a replica that takes a sequence over
+
+    def claim(self, name: str, key_digest: bytes) -> tuple[Snapshot, Lease]:
+        """Read a sequence's snapshot and claim the sequence; its last holder is fenced then.
+
+        Raises:
+            SnapshotError: any but FENCED and QUOTA.
+        """
+        with _store_errors():
+            epochs = self._epochs(name)
+            if not epochs:
+                raise _missing()
+            highest = max(epochs)
+            record = self._read(name, highest, epochs[highest])
+            data_epoch = highest
+            if record.snapshot is None:
+                if record.continues not in epochs:
+                    raise _missing()
+                data_epoch = record.continues
+                record = self._read(name, data_epoch, epochs[data_epoch])
+            snapshot = record.snapshot
+            if snapshot is None:
+                raise _missing()
+            if record.expires <= self._clock():
+                raise SnapshotError(
+                    SnapshotReason.EXPIRED,
+                    f"the snapshot has expired {self._clock() - record.expires:.0f} s ago",
+                )
+            if snapshot.key_digest != key_digest:
+                raise _missing()
+            if snapshot.contract != self.contract:
+                raise SnapshotError(
+                    SnapshotReason.FOREIGN,
+                    f"the snapshot is of an engine with the state contract"
+                    f" {snapshot.contract[:12]}…, this one has {self.contract[:12]}…: weights,"
+                    f" states or tokenizer differ",
+                )
+            lease = Lease(name, highest + 1, snapshot.position, record.expires)
+            claim = Record(name, highest + 1, record.expires, continues=data_epoch)
+            if not self._create(claim):
+                raise SnapshotError(
+                    SnapshotReason.CLAIMED, "another server has claimed the snapshot just now"
+                )
+            return snapshot, lease
+
+    def sweep(self) -> int:
+        """Delete what has expired, and files that were never finished; returns how many objects.
+
+        Raises:
+            SnapshotError: UNAVAILABLE.
+        """
+        with _store_errors():
+            expired = [
+                entry
+                for entry in self._bucket.list()
+                if entry.modified + self._seconds <= self._clock()
+                and (_OBJECT.fullmatch(entry.name) or entry.name.endswith(PARTIAL))
+            ]
+            for entry in expired:
+                self._bucket.delete(entry.name)
+            return len(expired)
+
+    # Objects
+
+    def _objects(self, prefix: str = "") -> Iterator[tuple[str, int, Entry]]:
+        for entry in self._bucket.list(prefix):
+            if (match := _OBJECT.fullmatch(entry.name)) is not None:
+                yield match["name"], int(match["epoch"]), entry
+
+    def _epochs(self, name: str) -> dict[int, Entry]:
+        return {epoch: entry for _, epoch, entry in self._objects(f"{name}.")}
+
+    def _read(self, name: str, epoch: int, entry: Entry) -> Record:
+        if entry.size > self._max_bytes:
+            raise SnapshotError(
+                SnapshotReason.FOREIGN,
+                f"the snapshot has {entry.size} bytes, a sequence of this model at most"
+                f" {self._max_bytes}",
+            )
+        try:
+            content = self._bucket.read(entry.name)
+        except FileNotFoundError:
+            raise _missing() from None
+        return decode(content, name, epoch, self._mac_key)
+
+    def _create(self, record: Record) -> bool:
+        name = _object(record.name, record.epoch)
+        return self._bucket.create(name, list(encode(record, self._mac_key)))
+
+    def _claim(self, lease: Lease, epochs: dict[int, Entry]) -> None:
+        """Get the next epoch for a sequence that begins; delete what earlier ones have left."""
+        while True:
+            epoch = max(epochs, default=0) + 1
+            expires = self._clock() + self._seconds
+            if self._create(Record(lease.name, epoch, expires)):
+                break
+            epochs = self._epochs(lease.name)
+        lease.epoch, lease.expires = epoch, expires
+        for older in epochs:
+            self._bucket.delete(_object(lease.name, older))
+
+    def _check_fence(self, lease: Lease, epochs: dict[int, Entry]) -> None:
+        assert lease.epoch is not None
+        gone = not epochs and lease.expires > self._clock()
+        if gone or max(epochs, default=0) > lease.epoch:
+            raise SnapshotError(
+                SnapshotReason.FENCED,
+                "another server has restored the sequence, or it has ended there",
+            )
+
+    def _check_quota(self, size: int) -> None:
+        if self._quota is None:
+            return
+        with self._lock:
+            if (now := self._clock()) >= self._usage_until:
+                self._usage = sum(entry.size for entry in self._bucket.list())
+                self._usage_until = now + USAGE_SECONDS
+            if self._usage + size > self._quota:
+                raise SnapshotError(
+                    SnapshotReason.QUOTA,
+                    f"the store holds {self._usage} bytes of at most {self._quota}, and the"
+                    f" snapshot has {size} more",
+                )
+            self._usage += size
+
+
+def _object(name: str, epoch: int) -> str:
+    return f"{name}.{epoch}"
+
+
+def _missing() -> SnapshotError:
+    return SnapshotError(
+        SnapshotReason.MISSING, "the store has no snapshot of a sequence with this id and key"
+    )
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """Turn what a store raises into UNAVAILABLE."""
+    try:
+        yield
+    except SnapshotError:
+        raise
+    except Exception as error:  # of any type: fsspec's file systems have errors of their own
+        reason = str(error).partition("\n")[0]
+        raise SnapshotError(
+            SnapshotReason.UNAVAILABLE, f"the store failed ({type(error).__name__}: {reason})"
+        ) from error

@@ -26,11 +26,7 @@ KINDS = {
 
 def table() -> str:
     """An entry for each parameter, in Markdown."""
-    names = ", ".join(f"`{spec.name}`" for spec in REGISTRY if spec.reserved)
-    entries = [_entry(spec) for spec in REGISTRY if not spec.reserved]
-    return (
-        "\n".join(entries) + "\n\n" + _filled(f"Reserved for later versions, and refused: {names}.")
-    )
+    return "\n".join(_entry(spec) for spec in REGISTRY)
 
 
 def page_with_table(page: str) -> str:

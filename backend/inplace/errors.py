@@ -43,6 +43,10 @@ class Code(StrEnum):
     VALUE_RANGE = "VALUE_RANGE"
 
 
+RESTORED = "the sequence was restored at position "
+"""Begins the message of a `POSITION` error; the number follows."""
+
+
 MAX_ID_BYTES, MAX_MESSAGE_BYTES = 1600, 4000
 """Bytes of an id and of the message in an error that a client receives. gRPC sends it as a header,
 and clients drop headers of more than 8 KB."""

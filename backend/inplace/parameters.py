@@ -39,6 +39,7 @@ from inplace.protocol import (
     POSITION,
     PROMPT_LOGPROBS,
     REGEX,
+    RESTORE,
     SAMPLE_RATE,
     SEQUENCE_KEY,
     STOP,
@@ -171,7 +172,6 @@ class ParameterSpec:
         default: the value where it is absent; None if that is not the same for all requests.
         minimum, maximum: of an integer or a number; None without a limit.
         limits: the values that are allowed, for errors and the documentation.
-        reserved: a name for a later version; a request that has it is refused.
         max_items: the most token ids, or biases.
     """
 
@@ -183,7 +183,6 @@ class ParameterSpec:
     minimum: float | None = None
     maximum: float | None = None
     limits: str = ""
-    reserved: bool = False
     max_items: int = 1
 
     def parse(self, value: object) -> Value:
@@ -419,10 +418,6 @@ def _text(name: str, description: str, what: str) -> ParameterSpec:
     return ParameterSpec(name, "text", description, GENERATIONS, limits=limits)
 
 
-def _reserved(name: str, description: str) -> ParameterSpec:
-    return ParameterSpec(name, "key", description, ANY | {RequestKind.PROXY}, reserved=True)
-
-
 REGISTRY: tuple[ParameterSpec, ...] = (
     _key(SEQUENCE_KEY, "Set at START; later requests without the same key are refused.", ANY),
     ParameterSpec(
@@ -448,6 +443,12 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         maximum=INT64_MAX,
         limits=f"a correlation id: a whole number above 0 and below 2^63, or a text of 1 to"
         f" {MAX_SEQUENCE_ID_BYTES} bytes without a NUL byte",
+    ),
+    _boolean(
+        RESTORE,
+        "With START, `sequence_key` and `position`: go on with a sequence that another server has"
+        " stored, if it is not live.",
+        frozenset({RequestKind.STEP, RequestKind.GENERATION}),
     ),
     _key(
         CACHE_SALT,
@@ -651,7 +652,6 @@ REGISTRY: tuple[ParameterSpec, ...] = (
         frozenset({RequestKind.PROXY}),
         default=None,
     ),
-    _reserved("restore", "Begin a sequence from a snapshot."),
 )
 """All parameters, in the order of the documentation."""
 
@@ -733,7 +733,7 @@ def parse_parameters(
         is_forwarded: whether a name is that of a header which the server forwards.
 
     Raises:
-        RequestError: BAD_PARAMETER, a name is unknown, reserved or not for such a request, or a
+        RequestError: BAD_PARAMETER, a name is unknown or not for such a request, or a
             value is not allowed.
     """
     values: dict[str, Value] = {}
@@ -743,11 +743,6 @@ def parse_parameters(
             if is_tritons(name) or is_forwarded(name):
                 continue
             raise unknown_parameter(name, kind)
-        if spec.reserved:
-            raise RequestError(
-                Code.BAD_PARAMETER,
-                f"parameter {name!r} is not available in this version: leave it out",
-            )
         value = spec.parse(value)
         # A boolean that is false asks for nothing; only without `stream` are there many responses.
         if kind not in spec.kinds and (value is not False or name == STREAM):
@@ -758,12 +753,12 @@ def parse_parameters(
 
 def known_names(kind: RequestKind) -> list[str]:
     """The names of the parameters that such a request takes."""
-    return [spec.name for spec in REGISTRY if kind in spec.kinds and not spec.reserved]
+    return [spec.name for spec in REGISTRY if kind in spec.kinds]
 
 
 def unknown_parameter(name: str, kind: RequestKind) -> RequestError:
     """The error for a parameter that is not in the registry."""
-    names = [spec.name for spec in REGISTRY if not spec.reserved]
+    names = [spec.name for spec in REGISTRY]
     close = difflib.get_close_matches(name[:MAX_SHOWN_LENGTH], names, 1)
     question = f", did you mean {close[0]!r}?" if close else ";"
     if name in (INPUT_IDS, TEXT, STOP):

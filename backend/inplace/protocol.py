@@ -16,6 +16,15 @@ REUSED_TOKENS = "reused_tokens"
 """The output of a generation: how many tokens of its prompt were not computed again."""
 
 
+RESTORE = "restore"
+"""The parameter of a START that goes on with a sequence from the store of snapshots."""
+
+
+SNAPSHOT_STORE, SNAPSHOT_EVERY = "snapshot_store", "snapshot_every"
+"""Parameters of config.pbtxt: the store, and the positions after which a sequence is stored again.
+The client reads whether sequences are stored, and how many of its last requests it must keep."""
+
+
 FROM = "from"
 """The parameter of a START that begins the sequence as a copy of another one."""
 

@@ -20,6 +20,7 @@ from support.copying import check_copy, check_prefix
 from support.decoding import SHAPE, generate, generate_together, random_prompt
 from support.long import long_except
 from support.models import open_instance
+from support.storing import check_snapshot
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.lfm2 import modeling_lfm2
@@ -176,6 +177,7 @@ def test_ragged_rows_generate_what_transformers_generates(tmp_path: Path, name: 
     instance = build(model, tmp_path / "model")
     assert generate_together(instance, PROMPTS, TOKENS) == expected
     check_copy(instance, 7, 11)
+    check_snapshot(instance, 7, 11)
     check_prefix(instance, 7, 16)
 
 

@@ -21,6 +21,7 @@ from support.copying import check_copy, check_prefix
 from support.decoding import SHAPE, generate, generate_together, random_prompt
 from support.long import long_except
 from support.models import greedy, open_instance
+from support.storing import check_snapshot
 from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 
@@ -210,6 +211,7 @@ def test_attention_in_chunks_starts_anew_in_each(tmp_path: Path) -> None:
     assert generate_together(instance, prompts, 40) == expected
     for length in (9, 37):  # before and after a ring is full
         check_copy(instance, 5, length)
+        check_snapshot(instance, 5, length)
     check_prefix(instance, 5, 37)
     whole = capture_decoder(chunked_llama(128), DECODER_OPTIONS)
     assert chunks_of(whole) == windows_of(whole) == [0, 0]

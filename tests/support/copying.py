@@ -1,11 +1,14 @@
 """Copies of sequences on an engine without a server, compared with sequences that ran alone."""
 
+from typing import Any
+
 import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
 from inplace.schema.prefixes import PrefixOptions
 from inplace.schema.specs import Update
+from inplace.snapshots import Restored
 from torch import Tensor
 
 from support.decoding import random_prompt
@@ -14,15 +17,20 @@ KEY = "mine"
 
 
 def feed(
-    instance: ModelInstance, sequence_id: SequenceId, ids: list[int], **parameters: int | str
+    instance: ModelInstance,
+    sequence_id: SequenceId,
+    ids: list[int],
+    restored: Restored | None = None,
+    **parameters: int | str,
 ) -> Tensor:
-    """The logits of a step; a START at position 0 and with ``from``."""
-    start = parameters.get("position") == 0 or "from" in parameters
+    """The logits of a step; a START at position 0, with ``from`` and of a restored sequence."""
+    start = parameters.get("position") == 0 or "from" in parameters or restored is not None
     inputs, outputs = {"input_ids": torch.tensor([ids])}, frozenset({"next_token", "logits"})
     parameters = {"sequence_key": KEY, **parameters}
     request = Request(
-        sequence_id, start, False, inputs, parameters=parameters, requested_outputs=outputs
-    )
+        sequence_id, start, False, inputs, parameters=parameters, requested_outputs=outputs,
+        restored=restored,
+    )  # fmt: skip
     active = instance.admit(request)
     while not active.finished:
         instance.step([active])
@@ -61,7 +69,8 @@ def check_copy(instance: ModelInstance, seed: int, length: int) -> None:
     given = feed(instance, "first", begin, position=0)
     own = [feed(instance, "first", rest[0])]
     # Before the next step of the first one, behind it, and in between.
-    copied = feed(instance, "copy", rest[2], position=length + 1, **{"from": "first"})
+    source: dict[str, Any] = {"from": "first"}
+    copied = feed(instance, "copy", rest[2], position=length + 1, **source)
     _check_unused(instance, length + 1 + len(rest[2]))
     own.append(feed(instance, "first", rest[1]))
     for row, alone in zip(([given, *own], [given, own[0], copied]), expected, strict=True):

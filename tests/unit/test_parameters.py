@@ -23,7 +23,6 @@ from inplace.parameters import (
 from inplace.runtime.requests import SamplingParams
 
 ROOT = Path(__file__).parents[2]
-RESERVED = "restore"
 VALUES = (
     st.none()
     | st.booleans()
@@ -60,7 +59,7 @@ def test_names_are_unique_and_every_parameter_is_documented() -> None:
     for spec in REGISTRY:
         assert spec.description.endswith(".")
         assert spec.kinds
-        assert spec.reserved or spec.limits
+        assert spec.limits
         if spec.default is not None:
             assert spec.parse(spec.default) == spec.default
 
@@ -101,14 +100,6 @@ def test_an_unknown_name_without_a_similar_one_is_refused_with_all_names(name: s
     assert "is unknown" in text
     assert "a generation takes ['sequence_key', " in text
     assert len(text) < 1000
-
-
-@pytest.mark.parametrize("name", RESERVED.split())
-@pytest.mark.parametrize("kind", RequestKind)
-def test_a_reserved_name_is_not_available_yet(name: str, kind: RequestKind) -> None:
-    assert refusal(kind, **{name: 1}) == (
-        f"parameter {name!r} is not available in this version: leave it out"
-    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +165,7 @@ def test_a_key_appears_in_no_error() -> None:
         assert "secret" not in refusal(RequestKind.STEP, **{name: "secret\0"})
 
 
-@given(st.sampled_from([spec for spec in REGISTRY if not spec.reserved]), VALUES)
+@given(st.sampled_from(REGISTRY), VALUES)
 def test_any_value_is_parsed_or_refused_with_a_short_text(
     spec: ParameterSpec, value: object
 ) -> None:

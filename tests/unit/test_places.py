@@ -187,6 +187,10 @@ class Driver:
 
     def __init__(self) -> None:
         self.calls: deque[object] = deque()
+        self.handed_over = 0
+
+    def hand_over(self) -> None:
+        self.handed_over += 1
 
     def end_idle(self, seconds: float) -> None:
         self.calls.append(seconds)
@@ -205,6 +209,7 @@ def test_a_shutdown_ends_silent_sequences_and_answers_the_others_before_the_serv
     clock.now = 30.0 - EXIT_MARGIN
     shutdown.advance()
     assert list(driver.calls) == [MAX_SILENCE, Code.SHUTDOWN]
+    assert driver.handed_over == 2
 
 
 class Requests:

@@ -8,6 +8,7 @@ import pytest
 from inplace.errors import LoadError
 from inplace.schema.prefixes import PrefixOptions
 from inplace.schema.served import Manifest
+from inplace.schema.snapshots import SnapshotOptions
 from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace.server.settings import MAX_WAITING, Settings
 from support.models import LOADABLE
@@ -210,6 +211,24 @@ def test_a_capacity_is_taken_as_written() -> None:
     assert parse(parameters={"capacity": {"string_value": "512"}}).capacity == 512
     with pytest.raises(LoadError, match="parameter capacity is '-1'; expected whole numbers"):
         parse(parameters={"capacity": {"string_value": "-1"}})
+
+
+def test_sequences_are_stored_only_where_the_operator_says_so() -> None:
+    def settings(**values: str) -> Settings:
+        return parse(parameters={name: {"string_value": text} for name, text in values.items()})
+
+    place = {"snapshot_store": "file:///store", "snapshot_secret_file": "/secret"}
+    assert settings().snapshots is None
+    assert settings(**place).snapshots == SnapshotOptions("file:///store", "/secret")
+    others = {"snapshot_every": "64", "snapshot_seconds": "2.5", "snapshot_quota_bytes": "1000"}
+    expected = SnapshotOptions("file:///store", "/secret", 64, 2.5, 1000)
+    assert settings(**place, **others).snapshots == expected
+    with pytest.raises(LoadError, match="without snapshot_store: name the store"):
+        settings(snapshot_every="64")
+    with pytest.raises(LoadError, match="without snapshot_secret_file: name a file"):
+        settings(snapshot_store="file:///store")
+    with pytest.raises(LoadError, match="snapshot_every is 0; expected a number above 0"):
+        settings(**place, snapshot_every="0")
 
 
 def test_prefixes_are_reused_only_where_the_operator_says_so() -> None:

@@ -151,6 +151,15 @@ class Detokenizer:
         copied._window = self._window.copy()
         return copied
 
+    def after(self, prompt: list[int]) -> "Detokenizer":
+        """A new one of the same tokenizer, for tokens behind this prompt."""
+        return Detokenizer(self._tokenizer, prompt, self._special)
+
+    @property
+    def context(self) -> list[int]:
+        """The last tokens, from which another one can go on."""
+        return self._window.copy()
+
     def append(self, tokens: list[int]) -> str:
         """Add tokens and return the text they add, without a last character that is incomplete."""
         self._window += [token for token in tokens if token not in self._special]

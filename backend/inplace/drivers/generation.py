@@ -179,6 +179,11 @@ class GenerationState:
         self.num_tokens = 0
         self.last_token: int | None = None
 
+    def continue_text(self, prompt: list[int]) -> None:
+        """Let the text that is searched for stop texts go on behind these tokens."""
+        if self._stop_detokenizer is not None:
+            self._stop_detokenizer = self._stop_detokenizer.after(prompt)
+
     def set_room(self, room: int | None) -> None:
         """Set how many positions the sequence has left after the prompt; None if unlimited."""
         self._max_new_tokens = MAX_COUNT if room is None else room

@@ -16,6 +16,7 @@ from inplace.grammars import CompiledGrammar, GrammarMatcher
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.slots import SequenceId, SequenceState, SlotTable
+from inplace.snapshots import Restored, SnapshotError
 
 MAX_QUEUED_PER_SEQUENCE = 64
 """Requests of one sequence that may be queued; STARTs and ENDs may fill twice as many places."""
@@ -37,6 +38,8 @@ class StreamRequest:
         is_fetch: it fetches tokens of its sequence's generation and does nothing else.
         grammar: what its text must be; None if it may be anything.
         matcher: follows it through its grammar, from when it is admitted.
+        restored: the sequence that it goes on with, which is read from the store; None where it
+            asks for none, or the sequence is live.
     """
 
     validated: ValidatedRequest
@@ -46,6 +49,7 @@ class StreamRequest:
     is_fetch: bool = False
     grammar: Future[CompiledGrammar] | None = None
     matcher: GrammarMatcher | None = None
+    restored: Future[Restored] | None = None
 
     @property
     def request(self) -> Request:
@@ -68,9 +72,20 @@ class StreamRequest:
         return self.validated.request.fairness_group()
 
     @property
-    def is_compiling(self) -> bool:
-        """Whether its grammar is still being compiled."""
-        return self.grammar is not None and not self.grammar.done()
+    def is_preparing(self) -> bool:
+        """Whether its grammar is still being compiled, or its sequence read from the store."""
+        return any(each is not None and not each.done() for each in (self.grammar, self.restored))
+
+    def take_restored(self) -> None:
+        """Take the sequence that was read for it; or make it a request that is refused."""
+        if self.restored is None:
+            return
+        request = self.validated.request
+        try:
+            request = replace(request, restored=self.restored.result())
+            self.validated = replace(self.validated, request=request)
+        except SnapshotError as error:
+            self.validated = replace(self.validated, refusal=error.as_refusal())
 
     def start_matching(self) -> None:
         """Make its matcher, if it has a compiled grammar; or make it a request that is refused."""

@@ -146,6 +146,11 @@ class Reply:
         self.prompt_outputs: Outputs = {}
         self.num_reused_tokens = 0
 
+    def continue_text(self, prompt: list[int]) -> None:
+        """Let the text go on behind these tokens; before the first token is added."""
+        if self._detokenizer is not None:
+            self._detokenizer = self._detokenizer.after(prompt)
+
     def add(self, piece: Piece) -> bool:
         """Add a token, or tokens.
 

@@ -21,7 +21,13 @@ log = logging.getLogger("inplace")
 
 
 class StoppableDriver(Protocol):
-    """A driver, as its shutdown needs it. Both methods may return before it is done."""
+    """A driver, as its shutdown needs it. The methods may return before it is done."""
+
+    def hand_over(self) -> None:
+        """Store the sequences that may be stored, then end them; those that run after their step.
+
+        Does nothing where sequences are not stored.
+        """
 
     def end_idle(self, seconds: float) -> None:
         """End the sequences that have had no request for so many seconds."""
@@ -33,10 +39,11 @@ class StoppableDriver(Protocol):
 class Shutdown:
     """Idle sequences end; running requests finish, or are answered with SHUTDOWN.
 
-    While the server stops, it serves live sequences until the last has ended, or for its exit
-    timeout. So a sequence ends once it has been silent for `MAX_SILENCE`, and what runs
-    `EXIT_MARGIN` before the timeout is answered. When the model is unloaded, everything is answered
-    at once.
+    Sequences that are stored (`inplace.runtime.snapshots`) end at once, for another server to go on
+    with them. The others: while the server stops, it serves live sequences until the last has
+    ended, or for its exit timeout. So a sequence ends once it has been silent for `MAX_SILENCE`,
+    and what runs `EXIT_MARGIN` before the timeout is answered. When the model is unloaded,
+    everything is answered at once.
 
     Args:
         driver: has the sequences.
@@ -69,6 +76,7 @@ class Shutdown:
 
     def advance(self) -> None:
         """End what must end by now. To be called again and again while the server stops."""
+        self._driver.hand_over()
         if self._clock() < self._deadline:
             self._driver.end_idle(MAX_SILENCE)
         else:
@@ -77,6 +85,25 @@ class Shutdown:
     def stop_now(self) -> None:
         """Answer everything with SHUTDOWN and end all sequences."""
         self._driver.stop_running(unloading())
+
+
+def stored() -> RequestError:
+    """The error of requests whose sequence was stored for another server."""
+    return RequestError(
+        Code.SHUTDOWN,
+        "the server is stopping, and the sequence was stored: START with 'restore', its key and its"
+        " position on another server",
+        retryable=True,
+    )
+
+
+def fenced() -> RequestError:
+    """The error of requests whose sequence another server has restored."""
+    return RequestError(
+        Code.FENCED,
+        "another server has restored the sequence, which has ended here: send its requests there,"
+        " or START again",
+    )
 
 
 def unloading() -> RequestError:

@@ -12,13 +12,16 @@ from tokenizers import Tokenizer
 
 from inplace.drivers.detokenizer import Detokenizer, TokenizerError, special_tokens
 from inplace.drivers.parsing import check_no_special_tokens, text_output
+from inplace.drivers.shutdown import fenced, stored
 from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import ADD_SPECIAL_TOKENS, MAX_TOKENS, TEXT_OUTPUT
 from inplace.runtime.batcher import ActiveRequest, Answer, split_outputs
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance
-from inplace.runtime.slots import EndReason, SequenceId
+from inplace.runtime.slots import EndReason, SequenceId, SequenceState
+from inplace.runtime.snapshots import MAX_CAPTURED, SnapshotKeeper
+from inplace.snapshots import SnapshotError
 
 NO_GENERATIONS = (
     f"parameter {MAX_TOKENS!r} asks for a generation, but this model is served step by step: leave"
@@ -60,6 +63,9 @@ class StepDriver:
             self._special = frozenset(special_tokens(tokenizer).values())
         self._lock = threading.Lock()
         self._calls: deque[_Call] = deque()
+        self._not_stored = set[SequenceState]()
+        if instance.snapshots is not None:
+            instance.snapshots.on_fenced = self._fence
         self._closing = threading.Event()
         self._reclaimer = threading.Thread(
             target=self._reclaim, name="inplace-reclaim", daemon=True
@@ -72,6 +78,8 @@ class StepDriver:
         Thread-safe: calls that come while another one runs are answered together after it, so that
         their requests share steps.
         """
+        if (snapshots := self.instance.snapshots) is not None:
+            requests = [self._fetch(request, snapshots) for request in requests]
         call = _Call(requests)
         self._calls.append(call)
         with self._lock:
@@ -94,6 +102,49 @@ class StepDriver:
         for call in calls:
             call.answers = list(islice(given, len(call.requests)))
 
+    def _fetch(self, request: Request, snapshots: SnapshotKeeper) -> Request:
+        """A request with the sequence that it asks for, if that is not live."""
+        if not request.asks_to_restore or request.offered or request.refusal is not None:
+            return request
+        try:
+            key_digest = request.key_digest()
+            if not request.restores() or key_digest is None:
+                return request
+            with self._lock:
+                if self.instance.table.get(request.sequence_id) is not None:
+                    return request
+            restored = snapshots.fetch(request.sequence_id, key_digest).result()
+        except SnapshotError as error:
+            return replace(request, refusal=error.as_refusal())
+        except RequestError:
+            return request  # `validate` refuses it
+        return replace(request, restored=restored)
+
+    def _fence(self, sequence: SequenceState) -> None:
+        """End a sequence that another server has restored."""
+        with self._lock:
+            if self.instance.table.get(sequence.id) is sequence:
+                self.instance.table.leave(sequence, EndReason.FENCED, fenced())
+
+    def hand_over(self) -> None:
+        """Store the sequences that may be stored, then end them."""
+        snapshots, table = self.instance.snapshots, self.instance.table
+        while snapshots is not None:
+            with self._lock, self.instance.engine.on_stream():
+                idle = [each for each in table.idle_for(0.0) if snapshots.is_stored(each)]
+                leaving = [each for each in idle if each not in self._not_stored][:MAX_CAPTURED]
+                results = [
+                    (each, snapshots.write(each, each.pending_token, wait=True)) for each in leaving
+                ]
+                for sequence, result in results:
+                    assert result is not None
+                    if result.result():
+                        table.leave(sequence, EndReason.SHUTDOWN, stored())
+                    else:
+                        self._not_stored.add(sequence)
+            if not leaving:
+                return
+
     def end_idle(self, seconds: float) -> None:
         """End the sequences that have had no request for so many seconds."""
         with self._lock:
@@ -102,6 +153,7 @@ class StepDriver:
 
     def stop_running(self, error: RequestError) -> None:
         """End all sequences. Every request has been answered when a call of `run` returns."""
+        self.hand_over()
         self.end_idle(0.0)
 
     def close(self) -> None:
@@ -254,7 +306,8 @@ class StepDriver:
             return outputs
         text = sequence.driver_state
         if not isinstance(text, Detokenizer):
-            text = sequence.driver_state = Detokenizer(self._tokenizer, [], self._special)
+            before = text if isinstance(text, list) else []
+            text = sequence.driver_state = Detokenizer(self._tokenizer, before, self._special)
         piece = text.append(progress.tokens.get(self._text_output, []))
         outputs[TEXT_OUTPUT] = piece + text.flush() if active.request.end else piece
         return outputs

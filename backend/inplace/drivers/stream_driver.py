@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -27,14 +27,14 @@ from inplace.drivers.queues import (
 from inplace.drivers.reply import BufferedReply, Channel, FinalResponse, Reply, ScheduleReply
 from inplace.drivers.scheduler import CallQueue, Scheduler, StepPipeline
 from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
-from inplace.drivers.shutdown import unloading
+from inplace.drivers.shutdown import fenced, stored, unloading
 from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import GROUP, TEXT
 from inplace.runtime.batcher import ActiveRequest, Answer, split_outputs
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance
-from inplace.runtime.slots import RECLAIM_INTERVAL, EndReason, SequenceId
+from inplace.runtime.slots import RECLAIM_INTERVAL, EndReason, SequenceId, SequenceState
 
 MAX_GATHER_TIME, GATHER_POLL_INTERVAL = 0.005, 0.0001
 """Seconds for which a step waits for more requests at most, and between two looks for them."""
@@ -131,8 +131,13 @@ class StreamDriver:
     def _watch_grammar(self, request: StreamRequest) -> None:
         """Start a request once its grammar is compiled."""
         if request.grammar is not None and not request.grammar.done():
-            start = partial(self._engine_loop.start_compiled, request)
+            start = partial(self._engine_loop.start_prepared, request)
             request.grammar.add_done_callback(lambda _: self._engine_loop.call(start))
+
+    def hand_over(self) -> None:
+        """Store the sequences that may be stored, then end them, soon."""
+        if self.instance.snapshots is not None:
+            self._engine_loop.call(self._engine_loop.hand_over)
 
     def end_idle(self, seconds: float) -> None:
         """End the sequences that have had no request for so many seconds, soon."""
@@ -191,6 +196,11 @@ class EngineLoop:
             self._inbox.put, senders.gil
         )
         self._next_reclaim = 0.0
+        self._snapshots = instance.snapshots
+        self._leaving: dict[SequenceId, Future[bool]] = {}  # that are stored now, and end then
+        self._not_stored: set[SequenceState] = set()
+        if self._snapshots is not None:
+            self._snapshots.on_fenced = lambda sequence: self.call(partial(self._fence, sequence))
         instance.observer.watch_waiting(self._waiting)
         self._gil = senders.gil
         instance.gil_released = self._gil.released
@@ -208,6 +218,9 @@ class EngineLoop:
     def call(self, function: Callable[[], None]) -> None:
         """Call a function on the loop's thread, between two steps. Thread-safe."""
         self._inbox.put(function)
+
+    def _call_later(self, function: Callable[[], None], _: object) -> None:
+        self.call(function)
 
     def close(self, error: RequestError) -> None:
         """Stop the loop and answer every request that has no final response with this error."""
@@ -353,8 +366,12 @@ class EngineLoop:
         """As `_start_next`; returns a sequence whose request has lost its place in the queue."""
         while queued := self._queues.get(sequence_id):
             request = queued[0]
-            if request.is_compiling:
-                return None  # `start_compiled` follows
+            if sequence_id in self._leaving:
+                return None  # `_handed_over` follows
+            self._fetch_sequence(request)
+            if request.is_preparing:
+                return None  # `start_prepared` follows
+            request.take_restored()
             request.start_matching()
             if self._must_wait(request):
                 if request.request.offered:
@@ -378,11 +395,23 @@ class EngineLoop:
             self._queues.remove(request)
         return None
 
-    def start_compiled(self, request: StreamRequest) -> None:
-        """Start a request whose grammar is compiled, if it is the next of its sequence.
+    def _fetch_sequence(self, request: StreamRequest) -> None:
+        """Let the sequence of a START be read from the store, if it asks for it and is not live."""
+        snapshots, asked = self._snapshots, request.request
+        if snapshots is None or request.restored is not None or not asked.asks_to_restore:
+            return
+        if request.validated.refusal is not None or request.key_digest is None or asked.offered:
+            return
+        if self._instance.table.get(request.sequence_id) is None:
+            request.restored = snapshots.fetch(request.sequence_id, request.key_digest)
+            start = partial(self.start_prepared, request)
+            request.restored.add_done_callback(lambda _: self.call(start))
 
-        On the loop's thread. The request has started before if its grammar was compiled when it
-        arrived here.
+    def start_prepared(self, request: StreamRequest) -> None:
+        """Start a request with all that it waited for, if it is the next of its sequence.
+
+        That is a compiled grammar, or a sequence from the store. On the loop's thread. The request
+        has started before if it had all when it arrived here.
         """
         started = request.active is not None or request in self._waiting
         queued = self._queues.get(request.sequence_id)
@@ -459,6 +488,8 @@ class EngineLoop:
             self._refuse(request, error)
             return False
         request.reply.num_reused_tokens = active.num_reused_tokens
+        if active.sequence.restored:
+            self._continue_text(request, active)
         if request.generation is not None:
             capacity = self._instance.manifest.capacity
             used = active.sequence.length + active.num_tokens
@@ -474,6 +505,17 @@ class EngineLoop:
             request.matcher.advance(active.adjustments.generated)
             self._masks.add(request)
         return True
+
+    def _continue_text(self, request: StreamRequest, active: ActiveRequest) -> None:
+        """Let the text of the first generation of a restored sequence go on behind its tokens."""
+        active.sequence.restored = False
+        generation, io = request.generation, self._instance.program.decoder_io
+        if generation is None or io is None:
+            return
+        fed = active.inputs[io[0]].tolist()  # with the pending token
+        prompt = [*active.sequence.token_ids[-MAX_CONTEXT:], *fed]
+        request.reply.continue_text(prompt)
+        generation.continue_text(prompt)
 
     def _admit_waiting(self) -> None:
         """Give free slots to the requests that wait for one."""
@@ -510,6 +552,8 @@ class EngineLoop:
                 if last is None:
                     continue
                 active.feed(last)
+                if self._snapshots is not None:
+                    self._snapshots.write_if_due(active.sequence, last)
                 if row >= result.num_decodes:
                     self._scheduler.start_decoding(request)
 
@@ -584,6 +628,8 @@ class EngineLoop:
                 self._finish_generation(request, generation, reason)
             elif active.adjustments.set_mask(following.mask):
                 self._scheduler.add(request)
+                if self._snapshots is not None and generation.last_token is not None:
+                    self._snapshots.write_if_due(active.sequence, generation.last_token)
             elif following.may_end:
                 self._finish_generation(request, generation, FinishReason.STOP)
             else:
@@ -680,7 +726,94 @@ class EngineLoop:
         self._instance.table.end(request.active.sequence, reason)
         self._finish_step(request, error)
 
-    # Shutdown. These run on the loop's thread.
+    # Shutdown, and sequences that go on in another server. These run on the loop's thread.
+
+    def hand_over(self, *, wait: bool = False) -> None:
+        """Store the sequences that may be stored, then end them; those that run after their step.
+
+        Args:
+            wait: do all of it now; else what threads have room for, and the rest when called again.
+        """
+        snapshots = self._snapshots
+        if snapshots is None:
+            return
+        for sequence in list(self._instance.table.live):
+            if not snapshots.is_stored(sequence) or sequence in self._not_stored:
+                continue
+            if sequence.id in self._leaving:
+                continue
+            queued = self._queues.get(sequence.id)
+            running = queued[0] if queued and queued[0].active is not None else None
+            if not self._may_leave(running):
+                continue
+            pending = sequence.pending_token
+            if running is not None and running.generation is not None:
+                pending = running.generation.last_token
+            result = snapshots.write(sequence, pending, wait=wait)
+            if result is None:
+                return
+            if running is not None:
+                self._stop_generation(running)
+            sequence.busy = True
+            self._leaving[sequence.id] = result
+            finish = partial(self._handed_over, sequence, running, result)
+            if wait:
+                finish()
+            else:
+                result.add_done_callback(partial(self._call_later, finish))
+
+    @staticmethod
+    def _may_leave(running: StreamRequest | None) -> bool:
+        """Whether a sequence can be stored now: nothing of it runs, or a generation has a token.
+
+        What does not, has one soon, or has finished.
+        """
+        if running is None:
+            return True
+        generation, active = running.generation, running.active
+        if generation is None or active is None or active.decode_token is None:
+            return False
+        return active.decode_token == generation.last_token
+
+    def _stop_generation(self, request: StreamRequest) -> None:
+        """Stop a generation whose sequence is being stored; it is answered when that is done."""
+        assert request.active is not None
+        request.active.dropped = True
+        self._scheduler.remove(request)
+        self._masks.discard(request)
+
+    def _handed_over(
+        self, sequence: SequenceState, running: StreamRequest | None, result: Future[bool]
+    ) -> None:
+        """A sequence was stored, or could not be: end it, and answer its requests."""
+        self._leaving.pop(sequence.id, None)
+        sequence.busy = False
+        table, was_stored = self._instance.table, result.result()
+        if table.get(sequence.id) is sequence:
+            if was_stored:
+                table.leave(sequence, EndReason.SHUTDOWN, stored())
+            elif running is not None:
+                table.end(sequence, EndReason.SHUTDOWN)
+            else:
+                self._not_stored.add(sequence)
+        if running is not None and running in self._queues:
+            self._refuse(running, stored() if was_stored else unloading())
+            self._remove(running)
+        else:
+            self._start_next(sequence.id)
+
+    def _fence(self, sequence: SequenceState) -> None:
+        """End a sequence that another server has restored, and answer its request."""
+        if self._instance.table.get(sequence.id) is not sequence:
+            return
+        queued = self._queues.get(sequence.id)
+        running = queued[0] if queued and queued[0].active is not None else None
+        if running is not None:
+            self._stop_generation(running)
+        self._instance.table.leave(sequence, EndReason.FENCED, fenced())
+        if running is not None:
+            self._refuse(running, fenced())
+            self._remove(running)
 
     def end_idle(self, seconds: float) -> None:
         """End the sequences that have had no request for so many seconds."""
@@ -696,6 +829,9 @@ class EngineLoop:
 
     def stop_running(self, error: RequestError) -> None:
         """Answer every request with this error and end all sequences."""
+        for leaving in list(self._leaving.values()):
+            leaving.result()
+        self.hand_over(wait=True)
         self._fail_all(error, EndReason.SHUTDOWN)
         for sequence in self._instance.table.idle_for(0.0):
             self._instance.table.end(sequence, EndReason.SHUTDOWN)

@@ -95,9 +95,7 @@ class Arena:
         """
         for spec in self.specs if source != target else ():
             old, new = self.tensors[spec.name][source], self.tensors[spec.name][target]
-            if spec.update is Update.APPEND and spec.axis is not None and length is not None:
-                old, new = (each.narrow(spec.axis, 0, length) for each in (old, new))
-            new.copy_(old)
+            _used(spec, new, length).copy_(_used(spec, old, length))
         if length is not None:
             self._refill_behind(target, length)
 
@@ -113,6 +111,25 @@ class Arena:
                 else:
                     tensor.copy_(value.narrow(spec.axis, length, rest))
 
+    def save_used(self, slot: int, length: int | None) -> dict[str, Tensor]:
+        """Copies of all states of a slot by name, on the device.
+
+        Args:
+            slot: the slot.
+            length: of states that append, only so many positions are copied; None for all.
+        """
+        return {
+            spec.name: _used(spec, self.tensors[spec.name][slot], length).clone()
+            for spec in self.specs
+        }
+
+    def restore_used(self, slot: int, saved: Mapping[str, Tensor], length: int | None) -> None:
+        """Write what `save_used` has copied into a slot, and what a fresh one holds behind it."""
+        for spec in self.specs:
+            _used(spec, self.tensors[spec.name][slot], length).copy_(saved[spec.name])
+        if length is not None:
+            self._refill_behind(slot, length)
+
     def save(self, slot: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of some states of a slot, by name."""
         return {name: self.tensors[name][slot].clone() for name in names}
@@ -126,6 +143,13 @@ class Arena:
         """Write what a fresh slot holds into a slot, or into all of them."""
         value = self._initial.get(spec.name)
         return tensor.fill_(spec.fill) if value is None else tensor.copy_(value)
+
+
+def _used(spec: StateSpec, tensor: Tensor, length: int | None) -> Tensor:
+    """The first positions of a slot's state, if it appends; else all of it."""
+    if spec.update is not Update.APPEND or spec.axis is None or length is None:
+        return tensor
+    return tensor.narrow(spec.axis, 0, length)
 
 
 def _initial_value(spec: StateSpec, initial: Mapping[str, Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from inplace.engines.arena import Arena
-from inplace.errors import Code, LoadError, RequestError
+from inplace.errors import RESTORED, Code, LoadError, RequestError
 from inplace.parameters import forwards_nothing, parse_parameters
 from inplace.protocol import FORGET, GROUP, LOGITS, LOGPROBS, PROMPT_LOGPROBS
 from inplace.runtime.batcher import ActiveRequest
@@ -18,9 +18,12 @@ from inplace.runtime.prompt import PROMPT_OUTPUTS, PromptLogprobs, prompt_output
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
 from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import EndReason, SequenceState, SlotTable
+from inplace.runtime.snapshots import SnapshotKeeper
 from inplace.schema.prefixes import PrefixOptions
 from inplace.schema.served import Manifest, Program
+from inplace.schema.snapshots import SnapshotOptions
 from inplace.schema.specs import LOGPROB_ROLES, Update
+from inplace.snapshots import SnapshotStore
 
 
 class Admission:
@@ -39,6 +42,7 @@ class Admission:
         observer: counts and logs what happens.
         table: the live sequences.
         prefixes: free slots whose tokens are known; None where prefixes are not reused.
+        snapshots: stores sequences outside of the server; None where they are not stored.
         is_forwarded: whether a parameter is a header that the server forwards, so that its name
             need not be known.
     """
@@ -73,10 +77,25 @@ class Admission:
         # What penalties count, where the program has them, and prefixes are found by.
         self._counted_input = io[0] if io is not None and self.program.max_adjusted else None
         self.prefixes: PrefixCache | None = None
+        self.snapshots: SnapshotKeeper | None = None
         self._appends_only = all(state.update is Update.APPEND for state in manifest.states)
 
-    def reuse_prefixes(self, options: PrefixOptions) -> None:
+    def store_sequences(self, options: SnapshotOptions, store: SnapshotStore) -> None:
+        """Store sequences with a key outside of the server; before the first request."""
+        io = self.program.decoder_io
+        if io is not None:
+            self._counted_input = io[0]  # a snapshot has the tokens
+        self.snapshots = SnapshotKeeper(
+            store, options, self.arena, self.manifest, self.observer, self._used_length
+        )
+        self.observer.forward_to(self.snapshots)
+
+    def reuse_prefixes(self, options: PrefixOptions, secret: bytes | None = None) -> None:
         """Let prompts use what earlier ones have computed; before the first request.
+
+        Args:
+            options: what the operator has set.
+            secret: makes salts, the same in all servers that a sequence may go to; random if None.
 
         Raises:
             LoadError: the model is not a language model of one program, has a draft, or its tokens
@@ -91,8 +110,9 @@ class Admission:
             )
         self._counted_input = io[0]
         self.prefixes = self.table.kept = PrefixCache(
-            options, self.arena.slots, appends_only=self._appends_only, clock=self._clock
-        )
+            options, self.arena.slots, appends_only=self._appends_only, clock=self._clock,
+            secret=secret,
+        )  # fmt: skip
         self.observer.watch_kept(self.prefixes)
 
     def admit(self, request: Request) -> ActiveRequest:
@@ -143,6 +163,12 @@ class Admission:
             validated.source = request.source()
             validated.cache_salt = request.cache_salt()
             request.forgets()
+            if request.restores() and self.snapshots is None:
+                raise RequestError(
+                    Code.NO_SNAPSHOT,
+                    "this server stores no sequences (snapshot_store): START without 'restore' and"
+                    " send all tokens again",
+                )
         except RequestError as error:
             return ValidatedRequest(request, key_digest, refusal=error)
         return validated
@@ -213,6 +239,7 @@ class Admission:
             RequestError: why it is refused.
         """
         request = self._apply_start(validated)
+        restored = validated.request.restored is not None
         try:
             if validated.refusal is not None:
                 raise validated.refusal
@@ -222,11 +249,17 @@ class Admission:
             adjustments = self._adjustments(validated, sequence or source)
             if sequence is None:
                 sequence = self._start(validated, source)
-        except RequestError:
+            elif self.snapshots is not None and not request.end:
+                self.snapshots.write_if_due(sequence, sequence.pending_token)
+        except RequestError as error:
             live = self.table.get(request.sequence_id)
             if request.end and live is not None:
                 self._forget_if_asked(request, live)
                 self.table.end(live)
+            elif request.end and self.snapshots is not None:
+                self.snapshots.forget(request.sequence_id, validated.key_digest)
+            if restored and live is not None and error.code is Code.POSITION:
+                raise self._restored_elsewhere(live) from None
             raise
         sequence.busy = True
         self._forget_if_asked(request, sequence)
@@ -251,8 +284,52 @@ class Admission:
         if request.start and source is None and sequence.length:
             self._skip_prefix(active)
         self._prepend_pending_token(active)
+        if self.snapshots is not None:
+            sequence.num_prompt_tokens = sequence.length + active.num_tokens
         active.end_position = sequence.length + active.num_tokens + validated.max_new_tokens
         return active
+
+    @staticmethod
+    def _restored_elsewhere(sequence: SequenceState) -> RequestError:
+        """The error of a START whose sequence was restored at another position."""
+        return RequestError(
+            Code.POSITION,
+            f"{RESTORED}{sequence.position}, which is not that of the request; it lives: send what"
+            f" comes after that position",
+        )
+
+    def _restore(self, validated: ValidatedRequest) -> Request:
+        """Give the sequence that was read from the store a slot; the request goes on with it.
+
+        A sequence that is ahead of its client is cut back, if its states only append.
+
+        Raises:
+            RequestError: NO_FREE_SLOT.
+        """
+        request, restored = validated.request, validated.request.restored
+        assert restored is not None
+        snapshot = restored.snapshot
+        sequence = self.table.start(request.sequence_id, validated.key_digest, lease=restored.lease)
+        sequence.restore(snapshot)
+        used = self._used_length(sequence)
+        self.arena.restore_used(sequence.slot, snapshot.states, used)
+        position = validated.position
+        known = min(len(sequence.token_ids), sequence.position - 1)
+        if self._appends_only and position is not None and 0 < position <= known:
+            self._cut_back(sequence, position, pending=not validated.num_tokens)
+        return replace(request, start=False)
+
+    def _cut_back(self, sequence: SequenceState, position: int, *, pending: bool) -> None:
+        """Forget what a sequence has behind a position.
+
+        Args:
+            sequence: the sequence, whose states only append.
+            position: the position, of which all tokens are known.
+            pending: leave the last token to be fed, because the request brings none.
+        """
+        last = sequence.token_ids[position - 1]
+        sequence.roll_back(position - pending)
+        sequence.pending_token = last if pending else None
 
     def _source(self, validated: ValidatedRequest) -> SequenceState | None:
         """The sequence that a START begins as a copy of; None without the parameter ``from``.
@@ -362,7 +439,10 @@ class Admission:
         Raises:
             RequestError: UNKNOWN_SEQUENCE or SEQUENCE_KEY; POSITION, after the sequence has ended.
         """
-        live = self.table.find(validated.request.sequence_id)
+        request = validated.request
+        if self.snapshots is not None and self.table.get(request.sequence_id) is None:
+            self.snapshots.forget(request.sequence_id, validated.key_digest)
+        live = self.table.find(request.sequence_id)
         live.check_key(validated.key_digest, start=False)
         self._forget_if_asked(validated.request, live)
         self.table.end(live)
@@ -387,6 +467,8 @@ class Admission:
         """
         request = validated.request
         live = self.table.get(request.sequence_id)
+        if live is None and request.restored is not None and validated.refusal is None:
+            return self._restore(validated)
         if live is None:
             return request
         try:
@@ -403,6 +485,8 @@ class Admission:
         """Whether a START of a sequence that is not live is admitted once a slot is free."""
         if validated.refusal is not None:
             return False
+        if validated.request.restored is not None:
+            return True
         try:
             source = self._source(validated)
             self._check_tokens(validated, source)

@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 
 from inplace.errors import Code, RequestError
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState, SlotObserver
+from inplace.snapshots import SnapshotError, SnapshotReason
 
 EXPORT_INTERVAL = 1.0
 """Seconds between two exports."""
@@ -170,6 +171,27 @@ REUSED = Metric(
 )
 
 
+WRITTEN, RESTORED = "written", "restored"
+
+
+SNAPSHOTS = Metric(
+    "inplace_snapshots_total",
+    "counter",
+    "Snapshots of sequences that were written or restored, or why that failed.",
+    "result",
+    (WRITTEN, RESTORED, *SnapshotReason),
+)
+
+
+SNAPSHOT_BYTES = Metric(
+    "inplace_snapshot_bytes_total",
+    "counter",
+    "Bytes of snapshots that were written and restored.",
+    "direction",
+    (WRITTEN, RESTORED),
+)
+
+
 SLOTS_KEPT = Metric(
     "inplace_slots_kept", "gauge", "Free slots that are kept with the tokens of a prefix."
 )
@@ -235,6 +257,13 @@ QUEUE = Histogram(
 )
 
 
+SNAPSHOT = Histogram(
+    "inplace_snapshot_seconds",
+    "Seconds that a thread took to write or to restore a snapshot.",
+    (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
+)
+
+
 STEP = Histogram(
     "inplace_step_seconds",
     "Seconds of a step of the engine, failed ones too; its sum is how long the engine was busy.",
@@ -278,6 +307,8 @@ METRICS = (
     REUSES,
     REUSED,
     SLOTS_KEPT,
+    SNAPSHOTS,
+    SNAPSHOT_BYTES,
     WAITING,
     PLACES,
     PLACES_OPEN,
@@ -285,7 +316,7 @@ METRICS = (
 )
 
 
-HISTOGRAMS = (QUEUE, FIRST_TOKEN, STEP, ROWS)
+HISTOGRAMS = (QUEUE, FIRST_TOKEN, STEP, ROWS, SNAPSHOT)
 
 
 def exported_metrics() -> Iterator[Metric]:
@@ -408,6 +439,7 @@ class Observer:
         self._slot_observers: list[SlotObserver] = []
         self._refusal_log = _RateLimitedLog("requests refused", clock)
         self._end_log = _RateLimitedLog("sequences ended", clock)
+        self._snapshot_log = _RateLimitedLog("snapshots failed", clock)
 
     def forward_to(self, observer: SlotObserver) -> None:
         """Pass the starts and ends of sequences on."""
@@ -461,6 +493,25 @@ class Observer:
     def request_forwarded(self, num_requests: int = 1) -> None:
         """Requests were passed on to another instance of the model."""
         self.metrics.add(FORWARDED, num_requests)
+
+    def snapshot_written(self, num_bytes: int, seconds: float) -> None:
+        """A sequence was stored."""
+        self.metrics.add(SNAPSHOTS, label_value=WRITTEN)
+        self.metrics.add(SNAPSHOT_BYTES, num_bytes, WRITTEN)
+        self.metrics.observe(SNAPSHOT, seconds)
+
+    def snapshot_restored(self, num_bytes: int, seconds: float) -> None:
+        """A sequence was read from the store."""
+        self.metrics.add(SNAPSHOTS, label_value=RESTORED)
+        self.metrics.add(SNAPSHOT_BYTES, num_bytes, RESTORED)
+        self.metrics.observe(SNAPSHOT, seconds)
+
+    def snapshot_failed(self, error: SnapshotError) -> None:
+        """A sequence could not be stored, restored or deleted."""
+        self.metrics.add(SNAPSHOTS, label_value=error.reason)
+        self._snapshot_log.info(
+            lambda: log_line("snapshot failed", code=error.reason, reason=str(error))
+        )
 
     def watch_waiting(self, waiting: Sized) -> None:
         """Report the length of this queue, now and later, as the requests that wait for a slot."""

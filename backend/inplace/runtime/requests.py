@@ -31,6 +31,7 @@ from inplace.protocol import (
     NUM_GENERATED,
     POSITION,
     PROMPT_LOGPROBS,
+    RESTORE,
     SEQUENCE_KEY,
     TOKEN_LOGPROBS,
     TOP_LOGPROBS,
@@ -41,6 +42,7 @@ from inplace.runtime.slots import SequenceId
 from inplace.schema.schedule import Schedule
 from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
+from inplace.snapshots import Restored
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,7 @@ class Request:
         refusal: why the request could not be read; its START and END take effect all the same.
         offered: another instance of the model may take it: it is refused where it would wait for a
             slot, and a refusal that another instance might not share is not counted.
+        restored: the sequence that it goes on with, once that was read from the store.
     """
 
     sequence_id: SequenceId
@@ -234,6 +237,7 @@ class Request:
     requested_outputs: frozenset[str] | None = None
     refusal: RequestError | None = None
     offered: bool = False
+    restored: Restored | None = None
 
     def may_succeed_elsewhere(self, error: RequestError) -> bool:
         """Whether another instance of the model might admit a START that this one refused so.
@@ -247,7 +251,7 @@ class Request:
                 return True
             case Code.UNKNOWN_SEQUENCE:
                 return FROM in self.parameters
-            case Code.POSITION:
+            case Code.POSITION | Code.NO_SNAPSHOT:
                 return self.continues_sequence
             case _:
                 return False
@@ -289,6 +293,30 @@ class Request:
             return self.position() not in (None, 0)
         except RequestError:  # it is refused; then it must not reset a sequence either
             return True
+
+    @property
+    def asks_to_restore(self) -> bool:
+        """Whether it has the parameter ``restore``; also where that is refused."""
+        try:
+            return self.flag(RESTORE)
+        except RequestError:
+            return False
+
+    def restores(self) -> bool:
+        """The parameter ``restore``: whether the sequence may come from the store.
+
+        Raises:
+            RequestError: BAD_PARAMETER, the request has no START, no key or no position above 0.
+        """
+        if not self.flag(RESTORE):
+            return False
+        if not self.start or SEQUENCE_KEY not in self.parameters or not self.continues_sequence:
+            raise RequestError(
+                Code.BAD_PARAMETER,
+                f"parameter {RESTORE!r} belongs to a START with {SEQUENCE_KEY!r}, a {POSITION!r}"
+                f" above 0 and without {FROM!r}: send these, or leave it out",
+            )
+        return True
 
     @property
     def begins_empty(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inplace.errors import Code, RequestError
 from inplace.parameters import Parameter
+from inplace.snapshots import Lease, Snapshot
 
 SequenceId = int | str
 """A correlation id: a number or a text."""
@@ -42,6 +43,8 @@ class EndReason(StrEnum):
     """Its grammar could not be followed any further, or left no token that may be chosen."""
     SHUTDOWN = "shutdown"
     """The server was stopping, or the model was unloaded while a request was running."""
+    FENCED = "fenced"
+    """Another server has restored it."""
 
 
 class DriverState(Protocol):
@@ -51,7 +54,7 @@ class DriverState(Protocol):
         """What a copy of the sequence begins with."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class SequenceState:
     """A live sequence and the slot that it owns from START to END.
 
@@ -71,6 +74,10 @@ class SequenceState:
         positions: of a schedule, by program how many positions its calls have taken; of a program
             that drafts tokens, how many its states hold.
         audio: of a stream, samples that are no whole chunk yet; None before the first ones.
+        lease: what this server has of it in the store of snapshots; None if it is not stored.
+        num_prompt_tokens: how many tokens are before the first one that its last request generates;
+            only of one that is stored.
+        restored: it was restored, and no request has run since.
     """
 
     id: SequenceId
@@ -86,6 +93,9 @@ class SequenceState:
     driver_state: DriverState | None = None
     positions: dict[str, int] = field(default_factory=dict)
     audio: Tensor | None = None
+    lease: Lease | None = None
+    num_prompt_tokens: int = 0
+    restored: bool = False
 
     def roll_back(self, length: int) -> None:
         """Forget what came after this length."""
@@ -103,6 +113,16 @@ class SequenceState:
         self.audio = source.audio  # never changed in place
         if source.driver_state is not None:
             self.driver_state = source.driver_state.copy()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take over what a snapshot has, but for the states."""
+        self.group, self.salt = snapshot.group, snapshot.salt
+        self.length, self.token_ids = snapshot.length, snapshot.token_ids[:]
+        self.pending_token = snapshot.pending_token
+        self.num_prompt_tokens = snapshot.num_prompt_tokens
+        self.positions, self.audio = dict(snapshot.positions), snapshot.audio
+        self.driver_state = list(snapshot.context) or None
+        self.restored = True
 
     @property
     def position(self) -> int:
@@ -215,6 +235,7 @@ class SlotTable:
         self._free = list(range(num_slots - 1, -1, -1))
         self._live: OrderedDict[SequenceId, SequenceState] = OrderedDict()  # longest idle first
         self._reclaimed: OrderedDict[SequenceId, float] = OrderedDict()  # seconds they were idle
+        self._left: OrderedDict[SequenceId, RequestError] = OrderedDict()  # what clients are told
 
     def __len__(self) -> int:
         """The number of live sequences."""
@@ -238,11 +259,14 @@ class SlotTable:
         """The live sequence with this id.
 
         Raises:
-            RequestError: UNKNOWN_SEQUENCE; the text says whether it was reclaimed.
+            RequestError: UNKNOWN_SEQUENCE; the text says whether it was reclaimed. Of a sequence
+                that has left (`leave`), the error that was given then.
         """
         sequence = self._live.get(id)
         if sequence is not None:
             return sequence
+        if (error := self._left.get(id)) is not None:
+            raise error
         if (idle := self._reclaimed.get(id)) is not None:
             reason = (
                 f"it was idle for {idle:.0f} s and its slot was reclaimed"
@@ -256,7 +280,11 @@ class SlotTable:
         )
 
     def start(
-        self, id: SequenceId, key_digest: bytes | None = None, slot: int | None = None
+        self,
+        id: SequenceId,
+        key_digest: bytes | None = None,
+        slot: int | None = None,
+        lease: Lease | None = None,
     ) -> SequenceState:
         """Give a new sequence a slot; idle sequences are reclaimed if there is none.
 
@@ -264,6 +292,7 @@ class SlotTable:
             id: the correlation id; no live sequence has it.
             key_digest: digest of the key that its later requests must carry; None for no key.
             slot: one that was kept and is not any more; None for any free one.
+            lease: of a sequence that is restored.
 
         Raises:
             RequestError: NO_FREE_SLOT, retryable.
@@ -274,9 +303,10 @@ class SlotTable:
         if slot is None and not self.num_free:
             raise self.no_free_slot()
         self._reclaimed.pop(id, None)
+        self._left.pop(id, None)
         if slot is None:
             slot = self._take_free()
-        sequence = SequenceState(id, slot, key_digest, last_response=self._clock())
+        sequence = SequenceState(id, slot, key_digest, last_response=self._clock(), lease=lease)
         self._live[id] = sequence
         if self._observer is not None:
             self._observer.sequence_started(sequence)
@@ -300,6 +330,13 @@ class SlotTable:
             self._free += self.kept.keep(sequence, reason)
         if self._observer is not None:
             self._observer.sequence_ended(sequence, reason)
+
+    def leave(self, sequence: SequenceState, reason: EndReason, error: RequestError) -> None:
+        """End a live sequence that another server goes on with; later requests get this error."""
+        self.end(sequence, reason)
+        self._left[sequence.id] = error
+        if len(self._left) > MAX_RECLAIMED_IDS:
+            self._left.popitem(last=False)
 
     def _take_free(self) -> int:
         if not self._free and self.kept is not None:

@@ -29,6 +29,7 @@ from inplace.runtime.requests import Request
 from inplace.runtime.schedules import open_model
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
+from inplace.schema.snapshots import SnapshotOptions
 from inplace.server.generate_proxy import GenerateProxy
 from inplace.server.messages import (
     FLAG_END,
@@ -47,6 +48,7 @@ from inplace.server.routing import StepRouter, StreamRouter
 from inplace.server.settings import GENERATE_PROXY, Settings, num_instances, serve_mode
 from inplace.server.stub import check_numpy, skip_interpreter_teardown, start_watchdog
 from inplace.server.trust import trusted_folders
+from inplace.snapshots import SnapshotStore, open_bucket, read_secret, state_contract
 
 log = logging.getLogger("inplace")
 
@@ -140,8 +142,13 @@ def _load(args: dict[str, str]) -> LoadedModel:
     else:
         instance = load()
     instance.is_forwarded = settings.is_forwarded
+    store = None
+    if settings.snapshots is not None:
+        store = _open_store(args["model_name"], settings.snapshots, manifest)
     if settings.prefixes is not None:
-        instance.reuse_prefixes(settings.prefixes)
+        instance.reuse_prefixes(settings.prefixes, None if store is None else store.salt_key)
+    if settings.snapshots is not None and store is not None:
+        instance.store_sequences(settings.snapshots, store)
     metrics = _start_reports(instance.observer, settings, args)
     log.info(
         log_line(
@@ -163,6 +170,23 @@ def _load(args: dict[str, str]) -> LoadedModel:
     places = ModelPlaces(args, steps, instance.observer)
     step_router = StepRouter(steps, address, places) if address is not None else None
     return _EngineModel(steps, metrics, places, step_router)
+
+
+def _open_store(model: str, options: SnapshotOptions, manifest: Manifest) -> SnapshotStore:
+    """Open the store of a model's sequences.
+
+    Raises:
+        LoadError: it cannot be opened, or its secret cannot be read.
+    """
+    return SnapshotStore(
+        open_bucket(options.store),
+        read_secret(options.secret_file),
+        model,
+        state_contract(manifest),
+        slot_bytes=manifest.slot_bytes,
+        seconds=options.seconds,
+        quota_bytes=options.quota_bytes,
+    )
 
 
 def _open_on(gpu: int | None, *arguments: Any, **options: Any) -> ModelInstance:
@@ -311,11 +335,14 @@ class _EngineModel:
         return self._calls.execute(requests)
 
     def close(self) -> None:
-        live = len(self._driver.instance.table)
+        instance = self._driver.instance
+        live = len(instance.table)
         self._places.close()
         self._driver.close()
         if self._router is not None:
             self._router.close()
+        if instance.snapshots is not None:
+            instance.snapshots.close()
         log.info(log_line("unloaded", live=live))
         self._metrics.close()
 

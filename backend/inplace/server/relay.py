@@ -67,6 +67,9 @@ class _Relay:
         places.watch_starts(self._on_foreign_start)
         self._thread.start()
 
+    def hand_over(self) -> None:
+        """Nothing: the instance with the engine stores the sequences."""
+
     def end_idle(self, seconds: float) -> None:
         """Nothing: the owner ends its idle sequences."""
 

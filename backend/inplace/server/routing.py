@@ -173,15 +173,21 @@ class _Router:
         self._routes.remove_all(peer)
 
 
-def final_error(errors: Sequence[tuple[Peer | None, RequestError]]) -> tuple[Peer | None, bool]:
+def final_error(
+    request: Request, errors: Sequence[tuple[Peer | None, RequestError]]
+) -> tuple[Peer | None, bool]:
     """Where a START belongs that every instance has declined.
 
     Args:
+        request: the START.
         errors: of every instance, this one (None) first.
 
     Returns:
-        The instance, and whether it declined for want of a slot: there the START may wait.
+        The instance, and whether the START may be admitted there after all: it may wait for a slot,
+        or its sequence comes from the store of snapshots.
     """
+    if request.asks_to_restore:
+        return errors[0][0], True
     for peer, error in errors:
         if error.code is Code.NO_FREE_SLOT:
             return peer, True
@@ -284,7 +290,7 @@ class StepRouter(_Router):
             assert isinstance(answer, RequestError)
             errors.append((target, answer))
         errors.sort(key=lambda each: each[0] is not None)
-        target, is_full = final_error(errors)
+        target, is_full = final_error(request, errors)
         return self._ask(target, replace(request, offered=False)) if is_full else errors[0][1]
 
     def _untried(self, asked: Peer | None) -> Iterator[Peer | None]:
@@ -484,7 +490,7 @@ class StreamRouter(_Router):
                     self._forward_offer(peer, offer, arrival)
                 return
         errors = sorted(offer.errors, key=lambda each: each[0] is not None)
-        target, is_full = final_error(errors)
+        target, is_full = final_error(request, errors)
         if not is_full:
             error = errors[0][1]
             self._observer.request_refused(

@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from inplace.errors import LoadError
-from inplace.protocol import CHUNK_SAMPLES, POSITIONS, SAMPLE_RATE, WINDOW_SAMPLES
+from inplace.protocol import (
+    CHUNK_SAMPLES,
+    POSITIONS,
+    SAMPLE_RATE,
+    SNAPSHOT_EVERY,
+    SNAPSHOT_STORE,
+    WINDOW_SAMPLES,
+)
 from inplace.schema.prefixes import PrefixOptions
+from inplace.schema.snapshots import SnapshotOptions
 
 if TYPE_CHECKING:
     from inplace.schema.served import Manifest
@@ -70,6 +78,12 @@ PREFIX_SECONDS, PREFIX_SLOTS = "prefix_reuse_seconds", "prefix_reuse_slots"
 slots that are kept for one client."""
 
 
+SNAPSHOT_SECRET, SNAPSHOT_SECONDS = "snapshot_secret_file", "snapshot_seconds"
+SNAPSHOT_QUOTA = "snapshot_quota_bytes"
+"""The parameters with the file of the secret that all servers of a store share, with the time for
+which a snapshot may be restored, and with the bytes that the store may hold."""
+
+
 PARAMETERS = (
     SERVE,
     IDLE_TIMEOUT,
@@ -85,6 +99,11 @@ PARAMETERS = (
     PREFIX_WITHOUT_KEY,
     PREFIX_SECONDS,
     PREFIX_SLOTS,
+    SNAPSHOT_STORE,
+    SNAPSHOT_SECRET,
+    SNAPSHOT_EVERY,
+    SNAPSHOT_SECONDS,
+    SNAPSHOT_QUOTA,
     POSITIONS,
     SAMPLE_RATE,
     WINDOW_SAMPLES,
@@ -139,6 +158,7 @@ class Settings:
             they gave; None for the engine's default.
         share_engine: whether the instances of a group use the engine of the first.
         prefixes: how prompts use what earlier ones have computed; None if they do not.
+        snapshots: where sequences are stored; None if they are not.
         log_level: the lowest level of the log records that reach the server's log.
         forwarded_headers: matches the names of headers that arrive as parameters; None if the
             server forwards none.
@@ -154,6 +174,7 @@ class Settings:
     loop_calls: int | None = None
     share_engine: bool = False
     prefixes: PrefixOptions | None = None
+    snapshots: SnapshotOptions | None = None
     log_level: int = logging.INFO
     forwarded_headers: re.Pattern[str] | None = None
     notes: tuple[str, ...] = ()
@@ -214,6 +235,7 @@ class Settings:
             loop_calls=_loop_calls(config, manifest),
             share_engine=share_engine,
             prefixes=_prefixes(config),
+            snapshots=_snapshots(config),
             log_level=_log_level(config),
             forwarded_headers=forwarded_headers(model_config),
             notes=notes,
@@ -311,6 +333,31 @@ def _prefixes(config: dict[str, Any]) -> PrefixOptions | None:
     seconds = _seconds(config, PREFIX_SECONDS, PrefixOptions.seconds)
     options = PrefixOptions(seconds, _integer(config, PREFIX_SLOTS), without_key)
     return options if _switch(config, PREFIX_REUSE) else None
+
+
+def _snapshots(config: dict[str, Any]) -> SnapshotOptions | None:
+    """Where sequences are stored; None if they are not."""
+    store, secret = _text(config, SNAPSHOT_STORE, ""), _text(config, SNAPSHOT_SECRET, "")
+    others = (SNAPSHOT_SECRET, SNAPSHOT_EVERY, SNAPSHOT_SECONDS, SNAPSHOT_QUOTA)
+    given = [name for name in others if _text(config, name, "")]
+    if not store:
+        if given:
+            raise LoadError(
+                f"config.pbtxt has the parameters {given} without {SNAPSHOT_STORE}: name the store"
+                " of the snapshots, or leave them out"
+            )
+        return None
+    if not secret:
+        raise LoadError(
+            f"config.pbtxt has {SNAPSHOT_STORE} without {SNAPSHOT_SECRET}: name a file with 32"
+            " random bytes or more, the same for all servers of the store"
+        )
+    every, quota = _integer(config, SNAPSHOT_EVERY), _integer(config, SNAPSHOT_QUOTA)
+    for name, value in ((SNAPSHOT_EVERY, every), (SNAPSHOT_QUOTA, quota)):
+        if value == 0:
+            raise LoadError(f"config.pbtxt: parameter {name} is 0; expected a number above 0")
+    seconds = _seconds(config, SNAPSHOT_SECONDS, SnapshotOptions.seconds)
+    return SnapshotOptions(store, secret, every, seconds, quota)
 
 
 def _switch(config: dict[str, Any], name: str) -> bool:

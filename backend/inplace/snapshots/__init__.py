@@ -10,15 +10,15 @@ from inplace.snapshots.buckets import Bucket, open_bucket
 from inplace.snapshots.content import Snapshot
 from inplace.snapshots.contract import state_contract
 from inplace.snapshots.errors import SnapshotError, SnapshotReason
-from inplace.snapshots.options import SnapshotOptions, read_secret
-from inplace.snapshots.store import Lease, SnapshotStore
+from inplace.snapshots.secret import read_secret
+from inplace.snapshots.store import Lease, Restored, SnapshotStore
 
 __all__ = [
     "Bucket",
     "Lease",
+    "Restored",
     "Snapshot",
     "SnapshotError",
-    "SnapshotOptions",
     "SnapshotReason",
     "SnapshotStore",
     "open_bucket",

@@ -32,7 +32,7 @@ class Lease:
     Attributes:
         name: of the sequence.
         epoch: that the replica has; None before it has written anything.
-        stored_at: the position of the last snapshot that it has written or restored; 0 before.
+        stored_at: the position at which it was captured last, or restored; 0 before.
         expires: of the last object that it has written, in seconds since 1970.
     """
 
@@ -40,6 +40,19 @@ class Lease:
     epoch: int | None = None
     stored_at: int = 0
     expires: float = 0.0
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A sequence that was read from the store, and claimed.
+
+    Attributes:
+        snapshot: the sequence.
+        lease: what this server has of it now.
+    """
+
+    snapshot: Snapshot
+    lease: Lease
 
 
 class SnapshotStore:
@@ -130,7 +143,7 @@ class SnapshotStore:
             parts = list(encode(Record(lease.name, lease.epoch, expires, snapshot), self._mac_key))
             size = sum(map(len, parts))
             self._bucket.write(_object(lease.name, lease.epoch), parts)
-            lease.expires, lease.stored_at = expires, snapshot.position
+            lease.expires = expires
             epochs = self._epochs(lease.name)
             self._check_fence(lease, epochs)
             for epoch in epochs:
@@ -184,8 +197,15 @@ class SnapshotStore:
 
     # Of a replica that takes a sequence over
 
-    def claim(self, name: str, key_digest: bytes) -> tuple[Snapshot, Lease]:
+    def claim(
+        self, name: str, key_digest: bytes, check: Callable[[Snapshot], None] | None = None
+    ) -> tuple[Snapshot, Lease]:
         """Read a sequence's snapshot and claim the sequence; its last holder is fenced then.
+
+        Args:
+            name: of the sequence.
+            key_digest: digest of its key.
+            check: raises `SnapshotError` for a snapshot that cannot be used, before it is claimed.
 
         Raises:
             SnapshotError: any but FENCED and QUOTA.
@@ -219,6 +239,8 @@ class SnapshotStore:
                     f" {snapshot.contract[:12]}…, this one has {self.contract[:12]}…: weights,"
                     f" states or tokenizer differ",
                 )
+            if check is not None:
+                check(snapshot)
             lease = Lease(name, highest + 1, snapshot.position, record.expires)
             claim = Record(name, highest + 1, record.expires, continues=data_epoch)
             if not self._create(claim):

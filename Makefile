@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-long check format sync-client tables models docs lock bench perf whisper soak fuzz gpu clean
+.PHONY: help demo test test-fast test-long check format sync-client tables models docs lock bench perf whisper soak fuzz soak-openai clients chart gpu clean
 BIN := .venv/bin
 # One process more than cores: tests of servers wait most of their time.
 PARALLEL := -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadscope --no-loadscope-reorder
@@ -12,7 +12,7 @@ help: ## this list
 	@echo "setting up .venv (5.8 GB with PyTorch; some minutes the first time)"
 	@tools/environment.sh
 
-demo: .venv/installed ## build SmolLM2-135M, serve it, hold a two-turn conversation, shut down
+demo: .venv/installed ## `inplace serve` of SmolLM2-135M, a chat of two turns over OpenAI's protocol, shut down
 	@$(BIN)/python examples/demo.py
 
 test: .venv/installed check ## every kind of test, the real model and the real server included
@@ -71,6 +71,25 @@ soak: .venv/installed ## 10 minutes of 500 clients that misbehave; JSON into ben
 fuzz: .venv/installed ## 10 000 random requests; JSON into benchmarks/results
 	@PYTHONPATH=tests:tests/long $(BIN)/python -m fuzz --requests 10000 \
 		--out benchmarks/results/fuzz.json
+
+soak-openai: .venv/installed ## 10 000 random bodies and 5 minutes of clients that leave, for the OpenAI front end; JSON into benchmarks/results
+	@PYTHONPATH=tests:tests/long $(BIN)/python -m front_soak --bodies 10000 --seconds 300 \
+		--out benchmarks/results/soak_openai.json
+
+build/clients/installed: requirements-clients.lock .venv/installed
+	@rm -rf build/clients && $(BIN)/python -m venv build/clients
+	@build/clients/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-clients.lock
+	@touch $@
+
+clients: build/clients/installed ## lm-eval, litellm and aiperf with the OpenAI front end
+	@$(BIN)/python -m pytest -q -m long tests/long/test_openai_clients.py
+
+build/bin/helm:
+	@command -v go >/dev/null || { echo "error: helm is built with Go, which is not installed" >&2; exit 1; }
+	@GOBIN=$(CURDIR)/build/bin go install helm.sh/helm/v3/cmd/helm@v3.22.0
+
+chart: .venv/installed build/bin/helm ## render the Helm chart and compare it with the manifests (builds helm with Go)
+	@$(BIN)/python -m pytest -q -m long tests/long/test_helm_chart.py
 
 gpu: .venv/installed ## with a GPU: tests, accuracy, benchmark, profile; reports into OUT (build/gpu)
 	@PYTHON=$(BIN)/python benchmarks/gpu/all.sh

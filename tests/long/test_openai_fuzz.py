@@ -1,28 +1,15 @@
-"""Random bodies for the OpenAI front end, many."""
+"""Random bodies for the OpenAI front end, many; and clients that leave."""
 
-from collections import Counter
 from pathlib import Path
 
-import hypothesis
 import pytest
-from inplace.openai import Frontend
-from support.fronts import running
-from support.openai_bodies import REQUESTS, check_answer
-from support.served import Served
+from front_soak.run import soak
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
 
-def test_ten_thousand_bodies_are_answered(served: Served, stream_models: Path) -> None:
-    statuses: Counter[int] = Counter()
-    with running(Frontend([served.server.grpc_url], stream_models)) as front:
-
-        @hypothesis.settings(max_examples=10_000, derandomize=False)
-        @hypothesis.given(REQUESTS)
-        def send(request: tuple[str, bytes]) -> None:
-            statuses[check_answer(front, *request)] += 1
-
-        send()
-        front.wait_for("inplace_openai_requests_in_flight", 1)
-        assert front.send("/health")[0] == 200
-    assert statuses[200] > 1000
+def test_ten_thousand_bodies_and_clients_that_leave_harm_nothing(tmp_path: Path) -> None:
+    result = soak(tmp_path, bodies=10_000, seconds=120.0, clients=50, seed=0)
+    assert result.faults == []
+    assert result.numbers["bodies"]["200"] > 1000
+    assert result.numbers["statuses"]["200"] > 100

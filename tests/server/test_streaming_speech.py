@@ -1,23 +1,39 @@
 """A streaming speech model on a real tritonserver: clients that send pieces of any length."""
 
+import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import openai
 import pytest
+import soundfile
 from inplace.client import RefusedError, Sequence
+from inplace.openai import Frontend
 from inplace_builder import BuildOptions, write_engine
 from inplace_builder.capture.nemotron_asr_streaming import capture_nemotron_asr_streaming
+from inplace_builder.served.decoder import save_tokenizer
 from inplace_builder.tools.tritonserver import TritonServer
-from support.nemotron import FACTOR, HOP, SAMPLE_RATE, log_mel, offline, speech, tiny_nemotron
+from support.fronts import running
+from support.nemotron import (
+    BLANK,
+    FACTOR,
+    HOP,
+    SAMPLE_RATE,
+    log_mel,
+    offline,
+    speech,
+    tiny_nemotron,
+)
 from support.pool import Deployment, ServerPool
-from transformers import NemotronAsrStreamingForRNNT
+from tokenizers import Tokenizer, decoders, models
+from transformers import NemotronAsrStreamingForRNNT, PreTrainedTokenizerFast
 from tritonclient.grpc import InferenceServerClient
 
 pytestmark = pytest.mark.server
 
-MODEL, LOOKAHEAD, STREAMS = "nemotron", 1, 3
+MODEL, TEXT_MODEL, LOOKAHEAD, STREAMS = "nemotron", "nemotron_text", 1, 3
 CHUNK = HOP * FACTOR * (LOOKAHEAD + 1)
 PARAMETERS = {"sample_rate": SAMPLE_RATE}
 
@@ -33,11 +49,25 @@ def server(
     model: NemotronAsrStreamingForRNNT,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[TritonServer]:
-    folder = tmp_path_factory.mktemp("speech") / MODEL
+    folder = tmp_path_factory.mktemp("speech")
     captured = capture_nemotron_asr_streaming(model, LOOKAHEAD, 4)
-    write_engine(captured, folder, BuildOptions(slots=4, max_rows=4))
-    with pool.serve(Deployment(folder)) as running:
-        yield running
+    write_engine(captured, folder / MODEL, BuildOptions(slots=4, max_rows=4))
+    write_engine(
+        captured,
+        folder / TEXT_MODEL,
+        BuildOptions(slots=4, max_rows=4, serve="stream"),
+        extras=lambda path: save_tokenizer(tokenizer(), path),
+    )
+    with pool.serve(Deployment(folder / MODEL), Deployment(folder / TEXT_MODEL)) as server:
+        yield server
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each token."""
+    words = {f"\u0120w{token}": token for token in range(BLANK)}
+    made = Tokenizer(models.WordLevel(words))
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def test_streams_get_the_tokens_of_generate(
@@ -71,3 +101,31 @@ def test_streams_get_the_tokens_of_generate(
         expected = offline(model, log_mel(samples), LOOKAHEAD)
         assert result == [token for token, _ in expected]
     assert len({token for result in results for token in result}) > 3
+
+
+def test_the_openai_front_end_transcribes_a_stream(
+    server: TritonServer, model: NemotronAsrStreamingForRNNT, pool: ServerPool
+) -> None:
+    """It is sent in parts of five seconds, which are one stream to the model."""
+    audio = speech(4, 6 * SAMPLE_RATE).clamp(-1, 1)
+    tokens = [token for token, _ in offline(model, log_mel(audio), LOOKAHEAD)]
+    text = "".join(f" w{token}" for token in tokens)
+    content = io.BytesIO()
+    soundfile.write(content, audio.numpy(), SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    file = "recording.wav", content.getvalue()
+    with (
+        running(Frontend([server.grpc_url], pool.repository)) as front,
+        front.client() as client,
+    ):
+        create = client.audio.transcriptions.create
+        whole = create(model=TEXT_MODEL, file=file)
+        assert whole.text == text
+        assert len(tokens) > 20
+        events = list(create(model=TEXT_MODEL, file=file, stream=True))
+        deltas = [event.delta for event in events if event.type == "transcript.text.delta"]
+        assert len(deltas) > 5
+        assert "".join(deltas) == text
+        with pytest.raises(openai.NotFoundError, match="there is no model"):
+            create(model=MODEL, file=file)  # it is served step by step
+        with pytest.raises(openai.BadRequestError, match="language"):
+            create(model=TEXT_MODEL, file=file, language="de")

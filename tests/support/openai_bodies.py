@@ -77,18 +77,28 @@ REQUESTS = st.one_of(
 def check_answer(front: Front, path: str, body: bytes) -> int:
     """Send a body; the answer must be a result or one of OpenAI's errors. Returns the status."""
     status, _, answer = front.send(path, body)
+    check(status, answer)
+    return status
+
+
+def check(status: int, answer: Any, *, may_be_full: bool = False) -> None:
+    """An answer must be a result or one of OpenAI's errors.
+
+    Args:
+        status: its own.
+        answer: its JSON; the text of a stream.
+        may_be_full: whether the server may have no room for the request.
+    """
     if isinstance(answer, str):  # a stream
         *events, last = answer.removesuffix("\n\n").split("\n\n")
         bodies = [json.loads(each.removeprefix("data: ")) for each in events]
         assert status == 200, answer
         assert last == "data: [DONE]" or "error" in json.loads(last.removeprefix("data: ")), answer
         assert all(each["choices"] or each["usage"] for each in bodies)
-        return status
-    if status == 200:
+    elif status == 200:
         assert all(choice["finish_reason"] in ("stop", "length") for choice in answer["choices"])
-        return status
-    assert status in (400, 404, 413), answer
-    assert answer.keys() == {"error"}
-    assert answer["error"].keys() == {"message", "type", "param", "code"}
-    assert answer["error"]["message"]
-    return status
+    else:
+        assert status in (400, 404, 413) or (may_be_full and status == 503), answer
+        assert answer.keys() == {"error"}
+        assert answer["error"].keys() == {"message", "type", "param", "code"}
+        assert answer["error"]["message"]

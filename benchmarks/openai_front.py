@@ -1,0 +1,139 @@
+"""What the OpenAI front end costs: the same generations over gRPC and through it, in one run.
+
+    python -m benchmarks.openai_front --model model_repository/my-stream-model --out r.json
+
+The model is a decoder that was built with a tokenizer, ``--serve stream`` and as many slots as the
+largest number of streams. All streams begin at once, and each generates ``--rounds`` times. The two
+ways alternate, ``--repeats`` times, so that a change of the machine's speed affects both; the
+result is the median. Over gRPC the clients take tokens and text, through the front end text.
+
+Beside tokens a second and the time to the first token, it measures the processor time of the front
+end, which other programs on the machine hardly change.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from inplace.schema.served import Manifest
+from inplace_builder.tools.one_command import FrontOptions, FrontProcess
+from inplace_builder.tools.tritonserver import Ports
+
+from benchmarks.generation.burst import Burst
+from benchmarks.perf import generator
+from benchmarks.perf.served import served
+from benchmarks.record import ROOT, facts
+
+STARTED = 2.0
+"""Seconds after which the client process has begun."""
+
+WAYS = {
+    "grpc": "benchmarks.generation.burst",
+    "front": "benchmarks.generation.openai_burst",
+}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--streams", default="1,8,64", help="separated by commas")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of a generation")
+    parser.add_argument("--rounds", type=int, default=2, help="generations of each stream")
+    parser.add_argument("--repeats", type=int, default=3, help="of both ways")
+    parser.add_argument("--note", default="", help="what else was running, for the result")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    manifest = Manifest.load(given.model / "1")
+    streams = [int(count) for count in given.streams.split(",")]
+    if max(streams) > manifest.slots:
+        parser.error(f"{max(streams)} streams need as many slots; there are {manifest.slots}")
+    what = (
+        f"{given.prompt} prompt tokens and {given.tokens} new ones a generation, {given.rounds} of "
+        "each stream; greedy; over gRPC and through the OpenAI front end"
+    )
+    step = manifest.program("step")
+    document: dict[str, Any] = facts(what, "python -m benchmarks.openai_front") | {
+        "note": given.note,
+        "model": {
+            "name": given.model.name,
+            "engine": step.engine.kind,
+            "device": manifest.device,
+            "dtype": str(step.engine.dtype),
+            "slots": manifest.slots,
+            "rows": step.max_rows,
+        },
+        "cases": [],
+    }
+    options = FrontOptions("127.0.0.1", Ports(0).resolve().grpc)
+    with (
+        served(given.model, manifest, "stream") as server,
+        FrontProcess(options, server.grpc_url, server.repository) as front,
+    ):
+        urls = {"grpc": server.grpc_url, "front": f"127.0.0.1:{options.port}"}
+        limits = {spec.name: spec.maximum for spec in step.client_inputs}
+        sizes = given.prompt, given.tokens, (limits["input_ids"] or 0) + 1
+        base = Burst("", manifest.name, 0, 1, 0.0, given.rounds, *sizes)
+        for way in WAYS:  # the first request loads what is lazy
+            burst(way, replace(base, url=urls[way], rounds=1))
+        for count in streams:
+            measured: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+            for _ in range(given.repeats):
+                for way, results in measured.items():
+                    own = replace(base, url=urls[way], streams=count)
+                    before = cpu_seconds(front)
+                    results.append(summary(burst(way, own), own))
+                    spent = cpu_seconds(front) - before
+                    if way == "front":
+                        tokens = own.streams * own.rounds * own.tokens
+                        results[-1]["front_cpu_us_per_token"] = spent / tokens * 1e6
+            case = {"streams": count, **{way: medians(each) for way, each in measured.items()}}
+            document["cases"].append(case)
+            print(json.dumps(case), flush=True)
+    if given.out is not None:
+        given.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def burst(way: str, given: Burst) -> list[dict[str, Any]]:
+    """All generations of a burst by a client process; times from its beginning."""
+    given = replace(given, begin=time.time() + STARTED)
+    command = [sys.executable, "-m", WAYS[way], json.dumps(asdict(given))]
+    output = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, check=True).stdout
+    generations: list[dict[str, Any]] = json.loads(output)
+    for one in generations:
+        one["sent"] -= given.begin
+        one["responses"] = [(at - given.begin, tokens) for at, tokens in one["responses"]]
+    return generations
+
+
+def summary(generations: list[dict[str, Any]], given: Burst) -> dict[str, float]:
+    """Tokens a second, and the times to the first token."""
+    seconds = max(one["responses"][-1][0] for one in generations)
+    first = [one["responses"][0][0] - one["sent"] for one in generations]
+    times = {f"first_token_us_{name}": us for name, us in generator.percentiles(first).items()}
+    return {"tokens_per_second": len(generations) * given.tokens / seconds, **times}
+
+
+def cpu_seconds(front: FrontProcess) -> float:
+    """Processor time of the front end so far."""
+    times = psutil.Process(front.pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def medians(results: list[dict[str, float]]) -> dict[str, float]:
+    """Of each number, over the repeats."""
+    return {name: statistics.median(each[name] for each in results) for name in results[0]}
+
+
+if __name__ == "__main__":
+    main()

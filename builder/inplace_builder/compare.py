@@ -7,11 +7,29 @@ import copy
 from typing import TypeVar
 
 import torch
+from inplace.schema.served import CompiledProgram, Manifest
 from inplace.schema.specs import Dtype
 from torch import Tensor, nn
 
-TOLERANCE = {Dtype.FLOAT64: 1e-9, Dtype.FLOAT32: 1e-4, Dtype.FLOAT16: 1e-2, Dtype.BFLOAT16: 8e-2}
+TOLERANCE = {
+    Dtype.FLOAT64: 1e-9,
+    Dtype.COMPLEX128: 1e-9,
+    Dtype.FLOAT32: 1e-4,
+    Dtype.COMPLEX64: 1e-4,
+    Dtype.FLOAT16: 1e-2,
+    Dtype.BFLOAT16: 8e-2,
+}
 """Largest `relative_error` that rounding explains, by element type; 0 for all other types."""
+
+
+def tolerance(manifest: Manifest, program: CompiledProgram) -> float:
+    """Largest `relative_error` of a program's outputs that rounding explains.
+
+    A module rounds where its weights, its states or its outputs do.
+    """
+    states = [spec.dtype for spec in manifest.states]
+    outputs = [spec.dtype for spec in program.outputs]
+    return max(TOLERANCE.get(dtype, 0.0) for dtype in (program.engine.dtype, *states, *outputs))
 
 
 def is_inexact(tensor: Tensor) -> bool:

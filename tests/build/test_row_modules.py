@@ -24,6 +24,7 @@ KEPT = [
     "at a number",
     "buffers",
     "hooks",
+    "parts",
 ]
 
 

@@ -76,6 +76,18 @@ class Swapped(nn.Module):
         return x + a, b, a + x
 
 
+class Keyed(nn.Module):
+    """A dictionary of states of one shape, which is returned in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(4, 4)
+
+    def forward(self, x: Tensor, state: dict[str, Tensor]) -> dict[str, Any]:
+        hidden, cell = self.cell(x, (state["hidden"], state["cell"]))
+        return {"x": hidden * 1.5, "state": {"cell": cell, "hidden": hidden}}
+
+
 class Attributes(nn.Module):
     """Tensors in plain attributes, in a list and in a part of the module."""
 
@@ -116,11 +128,17 @@ def test_states_that_are_passed_in_and_returned_are_matched_by_shape(
             ["hidden_0", "hidden_1", "count"],
         ),
         (Swapped, [zeros(1, 4), zeros(1, 4)], {"a": 1, "b": 2}, ["a", "b"]),
+        (
+            Keyed,
+            [{"hidden": zeros(1, 4), "cell": zeros(1, 4)}],
+            "auto",
+            ["state_hidden", "state_cell"],
+        ),
     ],
-    ids=["named tuple", "lists", "swapped"],
+    ids=["named tuple", "lists", "swapped", "keyed"],
 )
 def test_states_are_declared_by_their_outputs(
-    make: Any, example: list[Any], states: dict[str, Any], names: list[str]
+    make: Any, example: list[Any], states: Any, names: list[str]
 ) -> None:
     torch.manual_seed(0)
     module = make().eval()
@@ -136,7 +154,10 @@ def test_states_are_declared_by_their_outputs(
         given = torch.utils._pytree.tree_unflatten(leaves, places)
         with torch.no_grad():
             returned = module(x, *given)
-        if isinstance(returned, dict):
+        if make is Keyed:
+            new = returned["state"]
+            out, leaves = returned["x"], [new["hidden"], new["cell"]]
+        elif isinstance(returned, dict):
             out, leaves = returned["y"], [*returned["hidden"], returned["count"]]
         elif make is Named:
             out, leaves = returned[1], list(returned[0])
@@ -144,6 +165,42 @@ def test_states_are_declared_by_their_outputs(
             out, leaves = returned[0], list(returned[1:])
         computed = capture.reference(requests)["output_0"]
         torch.testing.assert_close(computed.reshape(out.shape), out)
+
+
+def test_states_that_are_all_that_a_cell_returns_are_its_outputs_too(tmp_path: Path) -> None:
+    cell = RowCase("cell", lambda: nn.GRUCell(4, 8), (1, 4), lambda: [torch.zeros(1, 8)])
+    with pytest.raises(BuildError, match=r"its inputs \['input', 'hx'\], pass states="):
+        check_rows(cell, tmp_path)
+    own, x = cell.module(), cell.input(0, 0)
+    capture = capture_exported_rows(own, RowOptions(4), (x, zeros(1, 8)), states={"hx": 0})
+    requests = [{"input": x[0]}] * 3
+    expected = zeros(1, 8)
+    with torch.no_grad():
+        for _ in requests:
+            expected = own(x, expected)
+    torch.testing.assert_close(capture.reference(requests)["output_0"], expected[0])
+    write_engine(capture, tmp_path / "rows", BuildOptions(slots=4, max_rows=4))
+
+
+class Policy(nn.Module):
+    """A policy with complex running statistics, which no weight rounds."""
+
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.eye(3, dtype=torch.complex64)[None])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        value = torch.complex(x, x.flip(1))
+        self.total.mul_(0.9).add_(0.1 * value[..., None] @ value.conj()[:, None])
+        weights = torch.linalg.solve(self.total, value[..., None])[..., 0]
+        action = torch.distributions.Normal(weights.real, weights.abs() + 0.1)
+        return action.mean, action.log_prob(x)
+
+
+def test_distributions_are_captured_and_complex_states_may_round(tmp_path: Path) -> None:
+    check_rows(RowCase("policy", Policy, (1, 3)), tmp_path)
 
 
 def test_attributes_that_change_become_states(

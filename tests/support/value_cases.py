@@ -152,6 +152,53 @@ class Buffers(nn.Module):
         return old, self.counts + 0
 
 
+class Held(nn.Module):
+    """Puts new tensors in the place of a buffer and of an attribute."""
+
+    hidden: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("hidden", torch.zeros(1, 4))
+        self.total = torch.ones(1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.total
+        self.hidden = torch.tanh(self.hidden + x)
+        self.total = old * 0.5 + self.hidden
+        return old
+
+
+class Parts(nn.Module):
+    """Buffers of parts that are assigned, also by a hook; old values and views of one another."""
+
+    last: Tensor
+    whole: Tensor
+    before: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("nothing", None)
+        self.register_buffer("whole", torch.zeros(1, 8))
+        self.register_buffer("last", torch.zeros(1, 4))
+        self.register_buffer("before", torch.zeros(1, 4))
+        self.parts = nn.ModuleList([Held(), Held()])
+        self.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, given: Any, out: Tensor) -> Tensor:
+        old = self.last
+        self.last = out * 0.5
+        self.before = old
+        return out + self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            for part in self.parts:
+                x = part(x)
+        self.whole = torch.cat([self.whole[:, 4:], x], 1)
+        return self.whole[:, :4] + x
+
+
 class Hooks(nn.Module):
     """Hooks that refer to the module and to its queue, and change both."""
 
@@ -190,5 +237,6 @@ VALUE_CASES = [
     RowCase("objects", Objects, (1, 4)),
     RowCase("buffers", Buffers, (1, 4)),
     RowCase("hooks", Hooks, (1, 4)),
+    RowCase("parts", Parts, (1, 4)),
 ]
 """Each is compared with eager PyTorch."""

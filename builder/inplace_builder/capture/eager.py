@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.states.adapt import KeptValues, refuse_fake
+from inplace_builder.states.adapt import KeptValues, refuse_fake, states_only
 
 
 class EagerModule:
@@ -67,6 +67,6 @@ class EagerModule:
                 for place, of in self._pairs.items():
                     leaves[place] = returned[of]
             refuse_fake(returned)
-            states = set(self._pairs.values())
+            states = states_only(self._pairs, returned)
             kept = [leaf for place, leaf in enumerate(returned) if place not in states]
             return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in kept]

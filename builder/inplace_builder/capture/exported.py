@@ -110,8 +110,9 @@ def capture_exported(
             tensors.
         states: ``auto``, or the names of exactly the inputs and buffers that are states, to have
             that checked. ``{input: output}`` for states that are passed in and returned: an output
-            by its place, or by its key or field; it is an output no more. With ``auto``, if the
-            module writes nothing, these are matched by shape, and the match is printed.
+            by its place, or by its key or field; it is an output no more, unless the module returns
+            nothing else. With ``auto``, if the module writes nothing, these are matched by their
+            keys or fields, else by shape, and the match is printed.
         dynamic_shapes: as for ``torch.export.export``.
         kwargs: its keyword arguments.
         assume_consecutive: integer inputs ``[n]`` that are always consecutive positions

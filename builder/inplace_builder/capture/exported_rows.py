@@ -117,7 +117,8 @@ def capture_exported_rows(
         kwargs: keyword arguments.
         states: ``{input: output}`` for states that are passed in and returned: an output by its
             place, or by its key or field. With ``auto``, if the module writes nothing, they are
-            matched by shape, and the match is printed. Or the names of exactly what is written.
+            matched by their keys or fields, else by shape, and the match is printed. Or the names
+            of exactly what is written.
 
     Raises:
         BuildError: torch.export cannot capture the module; an operator cannot be run for several

@@ -37,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.overrides import TorchFunctionMode
 
 from inplace_builder.errors import BuildError
+from inplace_builder.graph.assigned import assigned_buffers
 from inplace_builder.graph.nodes import copy_graph
 from inplace_builder.graph.value_independent import ValueIndependent
 
@@ -136,29 +137,15 @@ def _exported(
         torch.no_grad(),
         correct_lstm(),
         masks_as_given(),
+        distributions_as_given(),
         warnings.catch_warnings(),
         named_extents(),
-        _without_hooks_after(),
+        assigned_buffers(module),
     ):
         warnings.simplefilter("ignore")
         return torch.export.export(
             module, tuple(example_inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
         )
-
-
-@contextlib.contextmanager
-def _without_hooks_after() -> Iterator[None]:
-    """Remove the hook that torch.export leaves where it fails.
-
-    With it, every module of the process that assigns a buffer would fail.
-    """
-    hooks: Any = torch.nn.modules.module._global_buffer_registration_hooks
-    before = set(hooks)
-    try:
-        yield
-    finally:
-        for key in set(hooks) - before:
-            del hooks[key]
 
 
 def _asks_for_values(exported: ExportedProgram) -> bool:
@@ -362,6 +349,18 @@ def masks_as_given() -> Iterator[None]:
         yield
     finally:
         module._detect_is_causal_mask = original
+
+
+@contextlib.contextmanager
+def distributions_as_given() -> Iterator[None]:
+    """Export `torch.distributions` without a look at the values of their parameters."""
+    distribution: Any = torch.distributions.Distribution
+    original = distribution._validate_args
+    distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        distribution.set_default_validate_args(original)
 
 
 @dataclass(frozen=True)

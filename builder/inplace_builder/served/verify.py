@@ -43,10 +43,11 @@ from torch import Tensor
 
 from inplace_builder.capture.capture import Capture, Reference
 from inplace_builder.compare import (
-    TOLERANCE,
     fill_with_sentinel,
+    is_inexact,
     relative_error,
     same_bits,
+    tolerance,
 )
 from inplace_builder.engine_files import load_errors
 from inplace_builder.errors import rejected
@@ -313,7 +314,7 @@ class OutputComparison:
         self._program = program = manifest.program(STEP)
         self._capture, self._inputs, self._outputs = capture, program.inputs, program.outputs
         self._sampled = next((each for each in self._outputs if each.sampled_from), None)
-        self._tolerance = TOLERANCE.get(program.engine.dtype, 0.0)
+        self._tolerance = tolerance(manifest, program)
         self._history: dict[int | str, list[Mapping[str, Tensor]]] = {}
         self._float32_reference: Reference | None = None
         self.max_error = 0.0
@@ -355,7 +356,7 @@ class OutputComparison:
             if spec.name in sampled:
                 if not same_bits(output, expected):
                     raise rejected(f"{where} is {output.tolist()}, expected {expected.tolist()}")
-            elif output.dtype.is_floating_point:
+            elif is_inexact(output):
                 exact = partial(self.in_float32, history, spec.name)
                 self.check_close(where, output, expected, exact)
             elif not torch.equal(output, expected):

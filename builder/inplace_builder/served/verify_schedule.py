@@ -24,7 +24,7 @@ from inplace.schema.specs import Role
 from torch import Tensor
 
 from inplace_builder.capture.programs import ProgramsCapture
-from inplace_builder.compare import TOLERANCE, fill_with_sentinel, relative_error, same_bits
+from inplace_builder.compare import fill_with_sentinel, relative_error, same_bits, tolerance
 from inplace_builder.engine_files import load_errors
 from inplace_builder.errors import BuildError, rejected
 from inplace_builder.served.verify import NUM_SEQUENCES, SPARE_SLOTS, random_input
@@ -382,11 +382,10 @@ class _Verification:
             )
         error = relative_error(output, expected)
         self.max_error = max(self.max_error, error)
-        tolerance = max(
-            TOLERANCE.get(each.engine.dtype, 0.0) for each in self.instance.manifest.programs
-        )
-        if not error <= tolerance:
-            raise rejected(f"{where} differs from the model by {error:.1e}, more than {tolerance}")
+        manifest = self.instance.manifest
+        most = max(tolerance(manifest, program) for program in manifest.programs)
+        if not error <= most:
+            raise rejected(f"{where} differs from the model by {error:.1e}, more than {most}")
 
     def check_tokens(self) -> None:
         """BuildError if the tokens prove nothing, because all of them are the same."""

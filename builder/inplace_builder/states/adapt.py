@@ -50,8 +50,8 @@ def adapted_states(
         example_inputs: its positional arguments.
         kwargs: its keyword arguments.
         states: for each input that is a state the output that is its new value. With ``auto``, if
-            the module writes nothing, inputs and outputs are matched by shape and type, the last
-            ones first.
+            the module writes nothing, inputs and outputs are matched by their keys or fields, else
+            by shape and type, the last ones first.
 
     Raises:
         BuildError: ``states`` names no input or no output, or the two differ in shape; an attribute
@@ -116,13 +116,18 @@ def _adapted(
             output = pytree.keystr(paths[of][0])
             _print(
                 f"input {name} {list(tensor.shape)} is a state, and output {output} is its new "
-                f"value: they have the same shape; pass states={{input: output}} if they are not"
+                f"value: they have the same {_reason(call, place, paths[of][0])}; pass "
+                f"states={{input: output}} if they are not"
             )
     else:
         pairs = {}
     if pairs:
         _write_returned(module, pairs)
     return AdaptedStates("auto" if isinstance(states, Mapping) else states, pairs)
+
+
+def _reason(call: "_Call", place: int, path: Sequence[Any]) -> str:
+    return "name" if _key(path) == call.keys[place] else "shape"
 
 
 def _print(message: str) -> None:
@@ -134,6 +139,7 @@ class _Call:
 
     Attributes:
         inputs: name and tensor of each leaf of the arguments that is a tensor, by its place.
+        keys: the key or field of each of them in its container; the name of one that is in none.
         returned: what the module returned.
         outputs: its leaves.
         writes: whether it wrote an input, a parameter or a buffer.
@@ -142,6 +148,7 @@ class _Call:
     """
 
     inputs: dict[int, tuple[str, Tensor]]
+    keys: dict[int, str]
     returned: Any
     outputs: list[Any]
     writes: bool
@@ -177,6 +184,10 @@ class _Call:
         first = _named_leaves(module, *given)
         self.inputs = {
             place: leaf for place, leaf in enumerate(first) if isinstance(leaf[1], Tensor)
+        }
+        paths = [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
+        self.keys = {
+            place: _key(paths[place][2:]) or self.inputs[place][0] for place in self.inputs
         }
         _refuse_late(module, after)
         self.attributes = {
@@ -408,14 +419,15 @@ def _outputs_of(call: _Call, output: Output) -> list[int]:
 
 
 def _matched(call: _Call) -> dict[int, int]:
-    """Inputs and outputs of the same shape and type, the last ones first.
-
-    The first input and the first output are never taken for a state.
-    """
-    pairs: dict[int, int] = {}
-    candidates = list(call.inputs)[1:]
+    """The outputs that are new values of inputs: by their keys or fields, else by their shape."""
+    pairs = _matched_by_key(call)
+    paths = pytree.tree_flatten_with_path(call.returned)[0]
+    candidates = [place for place in [*call.inputs][1:] if place not in pairs]
+    # the first input and the first output are never taken for a state; the last ones first
     for of in range(len(call.outputs) - 1, 0, -1):
         new = call.outputs[of]
+        if of in pairs.values() or (pairs and _key(paths[of][0])):
+            continue
         described = _described([new])
         match = [x for x in candidates if _described([call.inputs[x][1]]) == described]
         if not isinstance(new, Tensor) or not match:
@@ -423,6 +435,26 @@ def _matched(call: _Call) -> dict[int, int]:
         pairs[match[-1]] = of
         candidates = candidates[: candidates.index(match[-1])]
     return dict(sorted(pairs.items()))
+
+
+def _matched_by_key(call: _Call) -> dict[int, int]:
+    """Outputs with the key or field of one input, of the same shape and type."""
+    pairs: dict[int, int] = {}
+    for of, (path, new) in enumerate(pytree.tree_flatten_with_path(call.returned)[0]):
+        key = _key(path)
+        match = [place for place in [*call.inputs][1:] if key and call.keys[place] == key]
+        if len(match) == 1 and _described([new]) == _described([call.inputs[match[0]][1]]):
+            pairs[match[0]] = of
+    keys = [call.keys[place] for place in pairs]
+    unique = len(set(pairs.values())) == len(pairs) and len({*keys}) == len(keys)
+    remain = len(pairs) < min(len(call.inputs), len(call.outputs))
+    return pairs if unique and remain else {}
+
+
+def _key(path: Sequence[Any]) -> str:
+    """The last key or field of a path; empty where it is a place."""
+    key = getattr(path[-1], "key", getattr(path[-1], "name", None)) if path else None
+    return key if isinstance(key, str) else ""
 
 
 def _write_returned(module: nn.Module, pairs: Mapping[int, int]) -> None:
@@ -433,11 +465,23 @@ def _write_returned(module: nn.Module, pairs: Mapping[int, int]) -> None:
     def adapted(*args: Any, **kwargs: Any) -> Any:
         given = pytree.tree_leaves((args, kwargs))
         returned = forward(*args, **kwargs)
-        leaves, remaining = pytree.tree_leaves(returned), _without(returned, set(pairs.values()))
+        leaves = pytree.tree_leaves(returned)
+        remaining = _without(returned, states_only(pairs, leaves))
         _copy_all((given[place], leaves[of]) for place, of in pairs.items())
         return remaining
 
     module.__dict__["forward"] = adapted
+
+
+def states_only(pairs: Mapping[int, int], returned: Sequence[Any]) -> set[int]:
+    """The places of what is returned for states only: a cell returns nothing but its states.
+
+    Args:
+        pairs: of `AdaptedStates`.
+        returned: the leaves of what the module returned.
+    """
+    tensors = {place for place, leaf in enumerate(returned) if isinstance(leaf, Tensor)}
+    return set(pairs.values()) if tensors - set(pairs.values()) else set()
 
 
 def _without(returned: Any, states: Collection[int]) -> Any:

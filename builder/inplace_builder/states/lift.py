@@ -273,6 +273,11 @@ def _explain_stateless(exported: ExportedProgram, lifted: FunctionalGraph) -> st
                 f"tensor{source_line(node)}: to make it a state, write it in place "
                 f"({name}.copy_(…)); then it need not be returned"
             )
+    if len(lifted.inputs) > 1:
+        return (
+            f"; if it returns the new value of one of its inputs {list(lifted.inputs)}, pass "
+            f"states={{input: output}}, the output by its place or its key"
+        )
     return ""
 
 

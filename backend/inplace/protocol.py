@@ -13,7 +13,12 @@ CACHE_SALT, FORGET = "cache_salt", "forget"
 
 
 REUSED_TOKENS = "reused_tokens"
-"""The output of a generation: how many tokens of its prompt were not computed again."""
+"""The output of a generation, and of a step: how many tokens of its prompt were not computed."""
+
+
+PREFIX_REUSE, PREFIX_WITHOUT_KEY = "prefix_reuse", "prefix_reuse_without_key"
+"""The parameters of config.pbtxt, ``on`` or ``off``, that let prompts use what earlier ones have
+computed, and those of sequences without a key too."""
 
 
 RESTORE = "restore"

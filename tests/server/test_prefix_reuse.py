@@ -43,5 +43,9 @@ def test_each_turn_of_a_chat_computes_what_is_new_and_tenants_share_nothing(
             # The last token of an answer was not fed.
             reused = dict.fromkeys(reused, len(history) + 3)
             history = [*history, *answer.tokens, *prompt(2 + turn, 5)]
+        step = stream.send(
+            [ids_input(history)], ("reused_tokens",), "step", True, True, {"sequence_key": "alice"}
+        )
+        assert step.step == [reused["alice"]]
         answer = stream.ask("stranger", history, end=True, max_tokens=1)
         assert answer.tokens == greedy(served.llama, history, 1)

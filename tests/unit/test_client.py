@@ -477,8 +477,10 @@ def test_generated_tokens_are_part_of_the_prompt_on_the_next_server() -> None:
     progress.add_response(response([4, 5]))
     prefix, request = progress.begin()
     assert (prefix, request.segment, request.parameters["max_tokens"]) == ([], [1, 2, 3, 4, 5], 3)
-    assert progress.add_response(response([6, 7, 8], reason="length")).tokens == [6, 7, 8]
+    last = response([6, 7, 8], reason="length") | {"reused_tokens": np.array([[4]])}
+    assert progress.add_response(last).tokens == [6, 7, 8]
     assert progress.tokens == [3, 4, 5, 6, 7, 8]
+    assert progress.reused_tokens == 2  # of the four, two were generated
 
 
 def test_text_is_neither_lost_nor_repeated() -> None:

@@ -16,6 +16,7 @@ from inplace.openai.chat import chat_prompt
 from inplace.openai.errors import ApiError
 from inplace.openai.keys import Keys, new_key
 from inplace.openai.models import ServedModel
+from inplace.openai.prefixes import PrefixRecord
 from inplace.openai.replicas import Replicas
 from inplace.openai.run import Frontend, FrontendError
 from inplace.openai.templates import ChatTemplate, TemplateError
@@ -252,6 +253,46 @@ def test_the_same_affinity_goes_to_the_same_server() -> None:
     busy = chosen[b"0"]
     replicas._in_flight[busy] = 10
     assert replicas.choose("m", b"0") != busy
+
+
+def test_a_prompt_goes_to_the_server_that_has_its_longest_prefix() -> None:
+    record, urls = PrefixRecord(max_blocks=8), ["a", "b", "c"]
+    words = list(range(100))
+    record.add(b"alice", words[:40], "a")  # two whole blocks
+    record.add(b"alice", [*words[:16], *words[:48]], "b")
+    assert record.find(b"alice", words, urls) == "a"
+    assert record.find(b"alice", [*words[:16], 7, *words], urls) == "b"  # the block is the last's
+    assert record.find(b"alice", [*words[:16], *words], urls) == "b"
+    assert record.find(b"alice", words[:15], urls) is None
+    assert record.find(b"alice", [1, *words], urls) is None
+    assert record.find(b"bob", words, urls) is None
+    assert record.find(b"alice", words, ["c"]) is None
+    record.add(b"alice", range(1000, 1000 + 6 * 16), "c")
+    assert record.find(b"alice", range(1000, 1096), urls) == "c"
+    assert len(record) == 8
+
+
+def test_the_server_with_the_prefix_is_preferred_unless_it_has_too_much_to_do() -> None:
+    servers = [f"host-{letter}:8001" for letter in "abcd"]
+    replicas, prompt = Replicas(servers, ["m"]), list(range(64))
+    usual = replicas.choose("m", b"x")
+    other = next(url for url in servers if url != usual)
+    replicas.computed(b"alice", prompt, other)
+    assert replicas.choose("m", b"x", b"alice", prompt) == other
+    assert replicas.choose("m", b"x", b"bob", prompt) == usual
+    assert replicas.choose("m", b"x", b"", prompt) == usual
+    replicas.computed(b"", prompt, other)  # nobody may use it
+    replicas._in_flight[other] = 10
+    assert replicas.choose("m", b"x", b"alice", prompt) == usual
+
+
+def test_an_api_key_is_not_in_the_key_of_its_sequences() -> None:
+    (key, record), (other, _) = new_key("a"), new_key("b")
+    made = keys.sequence_key(key)
+    assert made == keys.sequence_key(key) != keys.sequence_key(other)
+    assert made != record.sha256
+    assert key not in made
+    assert 1 <= len(made) <= 256
 
 
 def test_the_examples_of_the_page_are_requests() -> None:

@@ -52,6 +52,7 @@ from inplace.protocol import (
     NUM_GENERATED,
     POSITION,
     PROMPT_LOGPROBS,
+    REUSED_TOKENS,
     SEQUENCE_KEY,
     STOP,
     TEXT,
@@ -442,6 +443,7 @@ class GenerationProgress:
         prompt_logprobs: of the tokens of the prompt; empty unless they were asked for.
         text: all text so far.
         finish_reason: empty while it runs.
+        reused_tokens: tokens of the prompt that were not computed; 0 while it runs.
     """
 
     def __init__(self, request: SequenceRequest) -> None:
@@ -451,6 +453,7 @@ class GenerationProgress:
         self.prompt_logprobs: list[PromptLogprob] = []
         self.text = ""
         self.finish_reason = ""
+        self.reused_tokens = 0
         self._max_tokens = int(cast(int, request.parameters[MAX_TOKENS]))
         # of the request in flight: how many of `tokens` are in its prompt, and how many it has
         # returned
@@ -522,6 +525,9 @@ class GenerationProgress:
         piece = Piece(new, full_text[len(self.text) :], reason, tuple(logprobs))
         self.text += piece.text
         self.finish_reason = piece.finish_reason
+        if REUSED_TOKENS in outputs:  # a prompt that was sent again may have generated tokens
+            reused, own = int(outputs[REUSED_TOKENS].item()), self.request.num_ids
+            self.reused_tokens = reused if own is None else min(reused, own)
         self._update_checkpoint(len(tokens), text, has_text=TEXT_OUTPUT in outputs)
         return piece
 

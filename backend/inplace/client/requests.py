@@ -35,6 +35,7 @@ from inplace.protocol import (
     LOGPROBS,
     MAX_TOKENS,
     POSITIONS,
+    PREFIX_REUSE,
     PROMPT_LOGPROBS,
     REQUESTS,
     REUSED_TOKENS,
@@ -106,6 +107,8 @@ class GenerationOptions(TypedDict, total=False):
             sequence, if absent.
         group: generations of one group share one place in the order in which slots are given; those
             of one client, if absent.
+        cache_salt: where the generation begins a sequence: only sequences with the same one, and
+            the same key, use each other's prefixes.
     """
 
     temperature: float
@@ -133,6 +136,7 @@ class GenerationOptions(TypedDict, total=False):
     stream_interval: int
     add_special_tokens: bool
     group: str
+    cache_salt: str
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,7 @@ class ModelMetadata:
         has_text: its generations return text beside tokens.
         step_outputs: the outputs of a step that names none: all that need no asking.
         streams_steps: a step may have several responses; the last one has a ``finish_reason``.
+        reuses_prefixes: prompts use what earlier ones have computed.
     """
 
     decoupled: bool
@@ -153,6 +158,7 @@ class ModelMetadata:
     has_text: bool
     step_outputs: tuple[str, ...] = ()
     streams_steps: bool = False
+    reuses_prefixes: bool = False
 
     @classmethod
     def of(cls, config: Any) -> "ModelMetadata":
@@ -176,6 +182,10 @@ class ModelMetadata:
             has_text=TEXT_OUTPUT in names,
             step_outputs=tuple(name for name in names if name not in (*generated, *asked)),
             streams_steps=streams_steps,
+            reuses_prefixes=REUSED_TOKENS in generated
+            and REUSED_TOKENS in names
+            and PREFIX_REUSE in config.parameters
+            and config.parameters[PREFIX_REUSE].string_value == "on",
         )
 
     def num_positions(self, inputs: Mapping[str, Array]) -> int:
@@ -211,6 +221,8 @@ class SequenceRequest:
         """The outputs to ask the server for."""
         if self.outputs or {MAX_TOKENS, FETCH} & self.parameters.keys():
             last = (FINISH_REASON,) if model.streams_steps else ()
+            if model.reuses_prefixes and MAX_TOKENS in self.parameters:
+                last = (REUSED_TOKENS,)
             names = dict.fromkeys((*self.outputs, *last))
             return tuple(name for name in names if name != TEXT_OUTPUT or model.has_text)
         logits = (LOGITS,) if self._asks_for_logits else ()

@@ -540,6 +540,14 @@ class Generation:
         return list(self._progress.prompt_logprobs)
 
     @property
+    def reused_tokens(self) -> int:
+        """Tokens of the prompt that were not computed, once it has finished.
+
+        See `prefix_reuse` in docs/operations.md.
+        """
+        return self._progress.reused_tokens
+
+    @property
     def text(self) -> str:
         """All text so far."""
         return self._progress.text

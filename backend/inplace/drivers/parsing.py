@@ -77,6 +77,7 @@ class RequestParser:
         self._special_tokens: dict[str, int] = {}
         self._first_tokens: list[int] = []
         self._step_outputs = frozenset(spec.name for spec in instance.program.outputs)
+        self._step_outputs |= {REUSED_TOKENS}
         self._generation_outputs = frozenset({TOKENS, FINISH_REASON, REUSED_TOKENS})
         if instance.program.max_adjusted:
             self._generation_outputs |= {role.value for role in LOGPROB_ROLES}

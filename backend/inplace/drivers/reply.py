@@ -222,12 +222,17 @@ class Reply:
     def _make_answer(
         self, tokens: list[Any], final: FinalResponse | None
     ) -> Outputs | RequestError:
-        if final is not None and not isinstance(final.result, FinishReason):
+        requested = self.channel.requested_outputs
+        outputs: dict[str, Tensor | str] = {}
+        if final is None or isinstance(final.result, FinishReason):
+            outputs = self._outputs(tokens, final)
+            if FINISH_REASON in requested:
+                outputs[FINISH_REASON] = "" if final is None else str(final.result)
+        elif isinstance(final.result, RequestError) or not final.result:
             return final.result
-        outputs = self._outputs(tokens, final)
-        if FINISH_REASON in self.channel.requested_outputs:
-            outputs[FINISH_REASON] = "" if final is None else str(final.result)
-        if final is not None and REUSED_TOKENS in self.channel.requested_outputs:
+        else:
+            outputs |= final.result
+        if final is not None and REUSED_TOKENS in requested:
             outputs[REUSED_TOKENS] = torch.tensor([[self.num_reused_tokens]])
         return outputs
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from typing import Any
@@ -55,6 +56,7 @@ class FrontEnd:
     ) -> None:
         self._replicas, self._models = replicas, models
         self._limits, self._metrics = limits, metrics
+        self._shared_key = secrets.token_hex(32)  # of requests without an API key
 
     @property
     def routes(self) -> list[Route]:
@@ -121,6 +123,7 @@ class FrontEnd:
             structure=structure.options,
             stop_token_ids=() if body.ignore_eos or model.turn_end is None else (model.turn_end,),
             group=_group(request),
+            key=self._sequence_key(request, model),
             request_id=request.state.request_id,
         )
         answer = ChatAnswer(
@@ -154,6 +157,7 @@ class FrontEnd:
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
             stop_token_ids=(),
             group=_group(request),
+            key=self._sequence_key(request, model),
             request_id=request.state.request_id,
         )
         echoes = [
@@ -232,7 +236,7 @@ class FrontEnd:
         """The parts of all generations, counted."""
         first = True
         try:
-            async with Generations(self._replicas, model.name, generations) as pieces:
+            async with Generations(self._replicas, model, generations) as pieces:
                 async for part in pieces:
                     if first and part.piece.tokens:
                         first = False
@@ -242,6 +246,7 @@ class FrontEnd:
         finally:
             usage = answer.usage
             self._metrics.prompt_tokens += usage["prompt_tokens"]
+            self._metrics.cached_tokens += answer.cached_tokens
             self._metrics.generated_tokens += usage["completion_tokens"]
             if request.state.use is not None:
                 request.state.use.spend_tokens(usage["total_tokens"])
@@ -274,6 +279,13 @@ class FrontEnd:
         if usage:
             yield event(answer.usage_chunk())
         yield DONE
+
+    def _sequence_key(self, request: Request, model: ServedModel) -> str | None:
+        """The key of those who may use what is computed for a request; None if nobody may."""
+        if not model.reuses_prefixes:
+            return None
+        own: str | None = request.state.sequence_key
+        return own or (self._shared_key if model.reuses_without_key else None)
 
     def _gone(self) -> Response:
         """What nobody reads."""

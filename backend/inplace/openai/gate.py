@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inplace.openai.errors import ApiError
-from inplace.openai.keys import Keys, Use
+from inplace.openai.keys import Keys, Use, sequence_key
 from inplace.openai.limits import Limits
 from inplace.openai.metrics import Metrics
 
@@ -66,12 +66,14 @@ class Gate:
         answer = _Answer(send)
         state: dict[str, Any] = scope.setdefault("state", {})
         state |= {"request_id": answer.request_id, "begin": answer.begin, "use": None}
+        state["sequence_key"] = None
         self._metrics.in_flight += 1
         try:
             with contextlib.ExitStack() as stack:
                 try:
                     self._check_host(scope)
-                    state["use"] = use = self._authenticate(scope)
+                    use, state["sequence_key"] = self._authenticate(scope)
+                    state["use"] = use
                     self._check_room()
                     if use is not None and scope["method"] == "POST":
                         stack.enter_context(use.request())
@@ -105,9 +107,10 @@ class Gate:
                 code="wrong_host",
             )
 
-    def _authenticate(self, scope: Scope) -> Use | None:
+    def _authenticate(self, scope: Scope) -> tuple[Use | None, str | None]:
+        """The use of the request's key, and the key of its sequences."""
         if self._keys is None or scope["path"] in OPEN:
-            return None
+            return None, None
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         use = self._keys.find(key.strip()) if scheme.lower() == "bearer" else None
         if use is None:
@@ -118,7 +121,7 @@ class Gate:
             )
         if scope["path"] == METRICS and not use.record.metrics:
             raise ApiError(403, "this key may not read metrics", code="forbidden")
-        return use
+        return use, sequence_key(key.strip())
 
     def _check_room(self) -> None:
         if self._metrics.in_flight > self._limits.requests:

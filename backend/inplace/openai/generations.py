@@ -1,19 +1,23 @@
 """The generations of a request: what each one is, and running them at the same time."""
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
 
-from inplace.client import ClientError, GenerationOptions, Piece, PromptLogprob
+import numpy as np
+
+from inplace.client import AsyncSequence, ClientError, GenerationOptions, Piece, PromptLogprob
 from inplace.errors import RequestError
 from inplace.openai.errors import ApiError, invalid_value, of_client
 from inplace.openai.models import ServedModel
 from inplace.openai.replicas import Replicas
 from inplace.openai.schemas import SamplingRequest
 from inplace.parameters import BY_NAME
+from inplace.protocol import CACHE_SALT, INPUT_IDS, REUSED_TOKENS
 
 DEFAULT_TEMPERATURE = 1.0
 """The temperature of a request that has none, as OpenAI has it."""
@@ -36,6 +40,12 @@ PASSED_ON = (
 AFFINITY_TOKENS = 256
 """Tokens of a prompt by which its server is chosen, where there is no ``prompt_cache_key``."""
 
+MIN_FORKED_TOKENS = 64
+"""The shortest prompt that the choices of a request share: a shorter one is computed in a step."""
+
+MAX_FORK_SECONDS = 1.0
+"""For how long a sequence waits until its copies have begun."""
+
 MAX_PIECES = 64
 """Pieces that may wait for a slow client; the backend joins what comes after them."""
 
@@ -50,7 +60,9 @@ class Generation:
         max_tokens: most tokens to generate.
         stop: texts that end it.
         options: how tokens are chosen.
-        affinity: see `Replicas.choose`.
+        affinity, scope: see `Replicas.choose`.
+        key: of its sequence; a random one if None.
+        is_first: of the choices of its prompt.
         request_id: for logs and errors.
     """
 
@@ -60,6 +72,9 @@ class Generation:
     stop: tuple[str, ...]
     options: GenerationOptions
     affinity: bytes
+    scope: bytes
+    key: str | None
+    is_first: bool
     request_id: str
 
 
@@ -74,6 +89,7 @@ def generations_of(
     structure: Mapping[str, Any] | None = None,
     stop_token_ids: Sequence[int],
     group: str,
+    key: str | None,
     request_id: str,
 ) -> list[Generation]:
     """The generations of a request: ``n`` of each prompt, which differ in their seeds.
@@ -88,6 +104,7 @@ def generations_of(
         structure: request parameters that say what the text must be.
         stop_token_ids: tokens that end each of them.
         group: shares places in the queue with the requests of the same group.
+        key: the ``sequence_key`` of those who may use what is computed; None if nobody may.
         request_id: for logs and errors.
 
     Raises:
@@ -96,12 +113,20 @@ def generations_of(
     options = _options(request, logprobs, stop_token_ids) | {"group": group, **(structure or {})}
     if prompt_logprobs:
         options["prompt_logprobs"] = logprobs or 0
+    scope = b""
+    if request.cache_salt is not None:
+        check_value(CACHE_SALT, request.cache_salt)
+    if key is not None:
+        scope = repr((model.name, key, request.cache_salt)).encode()
+        if request.cache_salt is not None:
+            options[CACHE_SALT] = request.cache_salt
     seed = request.seed if request.seed is not None else secrets.randbits(62)
     made: list[Generation] = []
     for prompt in prompts:
-        key = request.prompt_cache_key
-        affinity = repr(prompt[:AFFINITY_TOKENS] if key is None else key).encode()
-        for _ in range(request.n or 1):
+        cache_key = request.prompt_cache_key
+        preferred = prompt[:AFFINITY_TOKENS] if cache_key is None else cache_key
+        affinity = scope + repr(preferred).encode()
+        for choice in range(request.n or 1):
             own = options | {"seed": _wrapped(seed + len(made))}
             made.append(
                 Generation(
@@ -111,6 +136,9 @@ def generations_of(
                     stop=request.stop_texts,
                     options=cast(GenerationOptions, own),
                     affinity=affinity,
+                    scope=scope,
+                    key=key,
+                    is_first=choice == 0,
                     request_id=request_id,
                 )
             )
@@ -173,31 +201,42 @@ class Part:
         index: of the choice.
         piece: the piece.
         prompt: the log-probabilities of the prompt's tokens, with the first piece.
+        cached_tokens: tokens of the prompt that earlier requests had computed, with the last piece
+            of its first choice.
     """
 
     index: int
     piece: Piece
     prompt: Sequence[PromptLogprob] = ()
+    cached_tokens: int = 0
 
 
 class Generations:
     """Generations that run at the same time: an asynchronous iterator of their parts.
 
-    Inside its block; leaving that cancels those that still run.
+    Inside its block; leaving that cancels those that still run. The choices of a long prompt share
+    it: the first one's sequence computes it, and those of the others begin as copies
+    (docs/adr/0048-openai-front-end.md).
 
     Args:
         replicas: the servers.
-        model: the name of the model.
-        generations: what to generate.
+        model: the model.
+        generations: what to generate; the choices of a prompt one after the other.
     """
 
-    def __init__(self, replicas: Replicas, model: str, generations: Sequence[Generation]) -> None:
+    def __init__(
+        self, replicas: Replicas, model: ServedModel, generations: Sequence[Generation]
+    ) -> None:
         self._replicas, self._model, self._generations = replicas, model, generations
         self._pieces: asyncio.Queue[Part | Exception] = asyncio.Queue(MAX_PIECES)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._run(each)) for each in self._generations]
+        for first, *others in self._by_prompt():
+            if others and self._forks(first):
+                self._tasks.append(asyncio.create_task(self._run_forked(first, others)))
+            else:
+                self._tasks += [asyncio.create_task(self._run(each)) for each in (first, *others)]
         return self
 
     async def __aexit__(
@@ -219,24 +258,130 @@ class Generations:
             running -= bool(result.piece.finish_reason)
             yield result
 
+    def _by_prompt(self) -> list[list[Generation]]:
+        """The choices of each prompt."""
+        prompts: list[list[Generation]] = []
+        for generation in self._generations:
+            if generation.is_first:
+                prompts.append([])
+            prompts[-1].append(generation)
+        return prompts
+
+    def _forks(self, generation: Generation) -> bool:
+        asks_for_prompt = "prompt_logprobs" in generation.options
+        is_long = len(generation.prompt) >= MIN_FORKED_TOKENS
+        return self._model.forks and is_long and not asks_for_prompt
+
     async def _run(self, generation: Generation) -> None:
+        async with self._reporting(), self._sequence(generation) as sequence:
+            await self._generate(sequence, generation, generation.prompt)
+
+    async def _run_forked(self, first: Generation, others: Sequence[Generation]) -> None:
+        """Generate the choices of a prompt, all but whose last token is computed once.
+
+        The sequence may have no other request while copies of it begin. Where they have to wait for
+        slots, it goes on after a while, so that requests which hold slots do not wait for each
+        other; those copies then compute the prompt themselves.
+        """
+        async with self._reporting(), self._sequence(first) as sequence:
+            cached = await self._prefill(sequence, first)
+            copies = [await sequence.fork() for _ in others]
+            begun = [asyncio.Event() for _ in others]
+            last = first.prompt[-1:]
+            async with asyncio.TaskGroup() as group:
+                for each, copied, event in zip(others, copies, begun, strict=True):
+                    group.create_task(self._run_copy(copied, each, event))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(MAX_FORK_SECONDS):
+                        await asyncio.gather(*(event.wait() for event in begun))
+                async with self._reporting():
+                    await self._generate(sequence, first, last, cached=cached)
+
+    async def _run_copy(
+        self, copied: AsyncSequence, generation: Generation, begun: asyncio.Event
+    ) -> None:
         try:
-            async with self._replicas.sequence(self._model, generation.affinity) as sequence:
-                running = sequence.generate(
-                    generation.prompt,
-                    generation.max_tokens,
-                    stop=generation.stop,
-                    end=True,
-                    request_id=f"{generation.request_id}-{generation.index}",
-                    **generation.options,
-                )
-                first = True
-                async for piece in running:
-                    if piece.finish_reason in ("cancelled", "ended"):
-                        raise ApiError(503, "the server ended the generation", code="server_gone")
-                    prompt = running.prompt_logprobs if first else ()
-                    first = False
-                    await self._pieces.put(Part(generation.index, piece, prompt))
+            async with self._reporting(), self._replicas.copied(copied) as sequence:
+                last = generation.prompt[-1:]
+                await self._generate(sequence, generation, last, begun=begun)
+        finally:
+            begun.set()
+
+    async def _prefill(self, sequence: AsyncSequence, generation: Generation) -> int:
+        """Compute a prompt but for its last token; returns how many tokens were there already."""
+        names = ("group", CACHE_SALT)
+        options = cast(Mapping[str, str], generation.options)
+        reused = (REUSED_TOKENS,) if generation.scope else ()
+        outputs = await sequence.step(
+            {INPUT_IDS: np.array(generation.prompt[:-1], dtype=np.int64)},
+            parameters={name: options[name] for name in names if name in options},
+            outputs=("next_token", *reused),
+            request_id=f"{generation.request_id}-prompt",
+        )
+        return int(outputs[REUSED_TOKENS].item()) if reused else 0
+
+    async def _generate(
+        self,
+        sequence: AsyncSequence,
+        generation: Generation,
+        prompt: list[int],
+        *,
+        cached: int | None = None,
+        begun: asyncio.Event | None = None,
+    ) -> None:
+        """Run a generation to its end.
+
+        Args:
+            sequence: what it continues.
+            generation: the generation.
+            prompt: what of its prompt the sequence does not have.
+            cached: tokens of the prompt that earlier requests had computed; None if the server
+                tells.
+            begun: is set when it has begun.
+        """
+        options = cast(dict[str, Any], generation.options)
+        if len(prompt) < len(generation.prompt):
+            options = {name: each for name, each in options.items() if name != CACHE_SALT}
+        running = sequence.generate(
+            prompt,
+            generation.max_tokens,
+            stop=generation.stop,
+            end=True,
+            request_id=f"{generation.request_id}-{generation.index}",
+            **cast(GenerationOptions, options),
+        )
+        first = True
+        async for piece in running:
+            if begun is not None:
+                begun.set()
+            if piece.finish_reason in ("cancelled", "ended"):
+                raise ApiError(503, "the server ended the generation", code="server_gone")
+            logprobs = running.prompt_logprobs if first else ()
+            first = False
+            own = 0
+            if generation.is_first and piece.finish_reason:
+                own = running.reused_tokens if cached is None else cached
+            await self._pieces.put(Part(generation.index, piece, logprobs, own))
+        # the last token was not fed
+        tokens = generation.prompt + running.tokens[:-1]
+        self._replicas.computed(generation.scope, tokens, sequence.server)
+
+    def _sequence(
+        self, generation: Generation
+    ) -> contextlib.AbstractAsyncContextManager[AsyncSequence]:
+        return self._replicas.sequence(
+            self._model.name,
+            generation.affinity,
+            key=generation.key,
+            scope=generation.scope,
+            prompt=generation.prompt,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _reporting(self) -> AsyncIterator[None]:
+        """Hands an error inside the block to the iterator."""
+        try:
+            yield
         except ClientError as error:
             await self._pieces.put(of_client(error))
         except Exception as error:

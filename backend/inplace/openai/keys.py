@@ -69,6 +69,14 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def sequence_key(key: str) -> str:
+    """The ``sequence_key`` of all sequences of an API key, which does not give that away.
+
+    Only those who know the API key can compute it, and every front end computes the same.
+    """
+    return hmac.digest(key.encode(), b"inplace sequence_key", "sha256").hex()
+
+
 def new_key(name: str) -> tuple[str, KeyRecord]:
     """A new key, and its record."""
     key = PREFIX + secrets.token_urlsafe(32)

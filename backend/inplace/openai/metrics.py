@@ -42,7 +42,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.in_flight = 0
-        self.prompt_tokens = self.generated_tokens = self.disconnected = 0
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.disconnected = 0
         self._requests: Counter[tuple[str, int]] = Counter()
         self.seconds = Histogram(
             "inplace_openai_request_seconds", "From a request to the end of its answer."
@@ -71,6 +72,7 @@ class Metrics:
             yield f'{name}{{route="{route}",status="{status}"}} {count}'
         for name, description, value in (
             ("prompt_tokens", "Tokens of prompts.", self.prompt_tokens),
+            ("cached_tokens", "Tokens of prompts that were computed before.", self.cached_tokens),
             ("generated_tokens", "Tokens that were generated.", self.generated_tokens),
             ("disconnected", "Requests whose client went away.", self.disconnected),
         ):

@@ -16,6 +16,7 @@ from inplace.errors import LoadError
 from inplace.openai.calls import FORMATS, CallFormat, format_of_template
 from inplace.openai.templates import ChatTemplate, TemplateError
 from inplace.openai.tokenizer import TextTokenizer
+from inplace.protocol import PREFIX_REUSE, PREFIX_WITHOUT_KEY
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import FILE_NAME, Manifest
 
@@ -47,6 +48,9 @@ class ServedModel:
         capacity: positions of a sequence; None without a limit.
         created: when it was built, in seconds since 1970.
         call_format: how it calls tools; None if that is not known.
+        reuses_prefixes: prompts of one API key use what earlier ones have computed.
+        reuses_without_key: so do prompts of clients without an API key, all with each other.
+        forks: a prompt may be computed in two parts, so that the choices of a request can share it.
     """
 
     name: str
@@ -56,6 +60,9 @@ class ServedModel:
     capacity: int | None
     created: int
     call_format: CallFormat | None = None
+    reuses_prefixes: bool = False
+    reuses_without_key: bool = False
+    forks: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,9 @@ def _load(path: Path) -> ServedModel | SpeechModel | None:
         capacity=int(parameters.get("capacity", manifest.capacity or 0)) or None,
         created=created,
         call_format=None if template is None else format_of_template(template.source),
+        reuses_prefixes=parameters.get(PREFIX_REUSE) == "on",
+        reuses_without_key=parameters.get(PREFIX_WITHOUT_KEY) == "on",
+        forks=not any(program.lookahead for program in manifest.programs),
     )
 
 

@@ -10,6 +10,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from inplace.client import AsyncClient, AsyncSequence, Retry
+from inplace.openai.prefixes import PrefixRecord
 
 log = logging.getLogger("inplace.openai")
 
@@ -26,8 +27,9 @@ MAX_LOAD_FACTOR = 1.25
 class Replicas:
     """Servers that serve the same models. For one event loop.
 
-    Generations with the same affinity go to the same server, unless it has far more to do than the
-    others: consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018).
+    A generation goes to the server that has computed the longest beginning of its prompt. Others
+    with the same affinity go to the same server. In both cases not if that has far more to do than
+    the others: consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018).
 
     Args:
         urls: ``host:port`` of each server's gRPC endpoint.
@@ -49,6 +51,7 @@ class Replicas:
         self._in_flight = dict.fromkeys(urls, 0)
         self._models = tuple(models)
         self._ready: dict[str, frozenset[str]] = dict.fromkeys(urls, frozenset())
+        self._prefixes = PrefixRecord()
         self._poller: asyncio.Task[None] | None = None
 
     @property
@@ -56,27 +59,74 @@ class Replicas:
         """Which servers had a model that was ready when they were asked last."""
         return {url: bool(models) for url, models in self._ready.items()}
 
-    def choose(self, model: str, affinity: bytes) -> str:
-        """The server for a generation."""
+    def choose(
+        self, model: str, affinity: bytes, scope: bytes = b"", prompt: Sequence[int] = ()
+    ) -> str:
+        """The server for a generation.
+
+        Args:
+            model: the name of the model.
+            affinity: generations with the same bytes prefer the same server.
+            scope: who may use what it computes, see `computed`; empty if nobody.
+            prompt: its tokens.
+        """
         ready = [url for url in self.urls if model in self._ready[url]] or list(self.urls)
         most = MAX_LOAD_FACTOR * (sum(self._in_flight[url] for url in ready) + 1) / len(ready)
         ranked = sorted(
             ready, key=lambda url: hashlib.blake2b(affinity + url.encode()).digest(), reverse=True
         )
+        if scope and (holder := self._prefixes.find(scope, prompt, ready)) is not None:
+            ranked.insert(0, holder)
         return next(url for url in ranked if self._in_flight[url] < most)
 
+    def computed(self, scope: bytes, tokens: Sequence[int], url: str) -> None:
+        """Record that a server has a sequence with these tokens.
+
+        Args:
+            scope: names the model, and those who may use what was computed; empty if nobody.
+            tokens: of the sequence.
+            url: the server.
+        """
+        if scope:
+            self._prefixes.add(scope, tokens, url)
+
     @asynccontextmanager
-    async def sequence(self, model: str, affinity: bytes) -> AsyncIterator[AsyncSequence]:
+    async def sequence(
+        self,
+        model: str,
+        affinity: bytes,
+        *,
+        key: str | None = None,
+        scope: bytes = b"",
+        prompt: Sequence[int] = (),
+    ) -> AsyncIterator[AsyncSequence]:
         """A sequence for one generation, which ends with the block.
 
         Args:
             model: the name of the model.
-            affinity: sequences with the same bytes prefer the same server.
+            key: its ``sequence_key``; a random one if None.
+            affinity, scope, prompt: see `choose`.
         """
-        url = self.choose(model, affinity)
+        url = self.choose(model, affinity, scope, prompt)
+        self.computed(scope, prompt, url)  # for those that begin while it runs
         self._in_flight[url] += 1
         try:
-            async with AsyncSequence(self._client, model, server=url) as sequence:
+            async with AsyncSequence(self._client, model, key=key, server=url) as sequence:
+                yield sequence
+        finally:
+            self._in_flight[url] -= 1
+
+    @asynccontextmanager
+    async def copied(self, sequence: AsyncSequence) -> AsyncIterator[AsyncSequence]:
+        """A copy of a sequence, for one generation, inside the block.
+
+        Args:
+            sequence: as `AsyncSequence.fork` returned it.
+        """
+        url = sequence.server
+        self._in_flight[url] += 1
+        try:
+            async with sequence:
                 yield sequence
         finally:
             self._in_flight[url] -= 1

@@ -35,6 +35,7 @@ class Answer(ABC):
 
     Attributes:
         completion_tokens: tokens of all choices so far.
+        cached_tokens: tokens of prompts that earlier requests had computed.
     """
 
     prefix: str
@@ -55,16 +56,17 @@ class Answer(ABC):
         self._model, self._tokenizer, self._logprobs = model, tokenizer, logprobs
         self._created = int(time.time())
         self._prompt_tokens = prompt_tokens
-        self.completion_tokens = 0
+        self.completion_tokens = self.cached_tokens = 0
         self._texts: list[list[str]] = [[] for _ in range(choices)]
         self._tokens: list[list[TokenLogprob | PromptLogprob]] = [[] for _ in range(choices)]
         self._reasons: list[str] = [""] * choices
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens of the request."""
         return {
             "prompt_tokens": self._prompt_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens": self.completion_tokens,
             "total_tokens": self._prompt_tokens + self.completion_tokens,
         }
@@ -72,10 +74,14 @@ class Answer(ABC):
     def add(self, part: Part) -> None:
         """Add a part of a choice, for the whole answer."""
         index, piece = part.index, part.piece
-        self.completion_tokens += len(piece.tokens)
+        self._count(part)
         self._texts[index].append(piece.text)
         self._tokens[index] += [*part.prompt, *piece.logprobs]
         self._reasons[index] = FINISH_REASONS.get(piece.finish_reason, "")
+
+    def _count(self, part: Part) -> None:
+        self.completion_tokens += len(part.piece.tokens)
+        self.cached_tokens += part.cached_tokens
 
     def whole(self) -> dict[str, Any]:
         """The answer to a request that is not streamed."""
@@ -89,7 +95,7 @@ class Answer(ABC):
             part: the next part.
             usage: whether the stream ends with the usage, so that each chunk has that field.
         """
-        self.completion_tokens += len(part.piece.tokens)
+        self._count(part)
         for choice in self._chunk_choices(part):
             yield self._body(self.chunk_kind, [choice]) | ({"usage": None} if usage else {})
 

@@ -157,6 +157,7 @@ class SamplingRequest(RequestPart):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     prompt_cache_key: str | None = None
+    cache_salt: str | None = None
     metadata: Ignored = None
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None

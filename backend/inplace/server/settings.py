@@ -14,6 +14,8 @@ from inplace.errors import LoadError
 from inplace.protocol import (
     CHUNK_SAMPLES,
     POSITIONS,
+    PREFIX_REUSE,
+    PREFIX_WITHOUT_KEY,
     SAMPLE_RATE,
     SNAPSHOT_EVERY,
     SNAPSHOT_STORE,
@@ -66,11 +68,6 @@ requests: what ``--http-header-forward-pattern`` and ``--grpc-header-forward-pat
 SHARE_ENGINE = "share_engine"
 """The parameter, ``on`` or ``off``, that lets the instances of a group use the engine of the first,
 which has weights and slots alone. The others read requests and write responses."""
-
-
-PREFIX_REUSE, PREFIX_WITHOUT_KEY = "prefix_reuse", "prefix_reuse_without_key"
-"""The parameters, ``on`` or ``off``, that let prompts use what earlier sequences have computed, and
-those of sequences without a key too."""
 
 
 PREFIX_SECONDS, PREFIX_SLOTS = "prefix_reuse_seconds", "prefix_reuse_slots"

@@ -291,7 +291,7 @@ def test_a_request_id_with_a_nul_byte_is_refused() -> None:
     ("parameters", "message"),
     [
         ({"temprature": 1}, "'temprature' is unknown, did you mean 'temperature'?"),
-        ({"restore": "a"}, "is not available in this version"),
+        ({"restore": "a"}, "parameter 'restore' is 'a'; expected true or false"),
         ({"top_p": 2.0}, "parameter 'top_p' is '2.0'; expected a number above 0, at most 1"),
         ({"ignore_eos": True}, "belongs to generations"),
         ({"group": "a\0b"}, "without a NUL byte"),

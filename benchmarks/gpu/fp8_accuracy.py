@@ -1,0 +1,121 @@
+"""SmolLM2-135M-Instruct with its real weights rounded to fp8, against transformers in float32.
+
+    python -m benchmarks.gpu.fp8_accuracy --device cpu --alone 1 [--dtype float32]
+
+As `benchmarks.gpu.accuracy`, whose prompts, runs and rules it has, but for what excuses a token: it
+may differ from the float32 reference's only where the reference's top two are closer than the error
+of PyTorch with fp8 weights. On a GPU that rounds all activations to fp8 too, and the engine those
+of long steps, as ADR 0050 says; on a CPU neither does. It also counts how many tokens of PyTorch
+with fp8 weights are those of the reference, which is what fp8 costs.
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from inplace.runtime.instance import ModelInstance
+from inplace.schema.specs import Dtype
+from inplace_builder import capture_decoder, load_decoder
+from inplace_builder.capture.checkpoint import load_model
+from inplace_builder.served.build import write_engine
+from inplace_builder.served.decoder import decoder_options
+from inplace_builder.served.model_config import MODEL_VERSION
+from inplace_builder.served.options import BuildOptions
+
+from benchmarks.gpu.accuracy import (
+    CHUNK,
+    PROMPTS,
+    ROWS,
+    SLOTS,
+    TOKENS,
+    Runner,
+    Stages,
+    compare,
+    poison,
+    references,
+    smollm2,
+)
+from benchmarks.record import facts
+
+
+def main() -> None:
+    """Build, run, compare, write ``fp8_accuracy_<device>.json``.
+
+    Returns status 1 if a token differs that may not, or memory changes that may not.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--alone", type=int, default=len(PROMPTS))
+    arguments = parser.parse_args()
+    source, device = smollm2(), arguments.device
+    options = BuildOptions(
+        dtype=Dtype(arguments.dtype),
+        weights="fp8",
+        device=device,
+        engine="torch" if device == "cpu" else "tensorrt",
+        slots=SLOTS,
+        max_rows=ROWS,
+        capacity=512,
+        chunk=CHUNK,
+    )
+    stage = Stages()
+    stage("load the model")
+    full, tokenizer = load_decoder(source, Dtype.FLOAT32)
+    assert tokenizer is not None
+    rounded, notes = load_model(source, options.dtype, weights=options.weight_options)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "smollm2"
+        stage("capture the graph")
+        capture = capture_decoder(rounded, decoder_options(options))
+        manifest = write_engine(capture, model, options, stage, prepare=lambda: rounded.to(device))
+        stage("continue the prompts with transformers")
+        prompts = [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
+        expected = references(full.to(device), rounded, prompts)
+        stage("continue them with the engine")
+        instance = ModelInstance.open(model / MODEL_VERSION, idle_timeout=float("inf"))
+        arena = instance.arena
+        foreign, addresses = poison(arena), arena.addresses()
+        alone, together = compare(Runner(instance), expected, arguments.alone)
+        moved = arena.addresses() != addresses
+        changed = [
+            name
+            for name, tensor in arena.tensors.items()
+            if not torch.equal(tensor[ROWS:].view(torch.uint8), foreign[name])
+        ]
+    stage("done")
+    errors = [error for each in expected for error in each.errors]
+    result = facts(
+        "greedy tokens of an engine with weights in fp8 against the float32 reference",
+        "python -m benchmarks.gpu.fp8_accuracy",
+    ) | {
+        "model": "SmolLM2-135M-Instruct",
+        "weights": notes["weights"],
+        "dtype": str(options.dtype),
+        "device": device,
+        "reference": "transformers, float32, weights that are not rounded",
+        "verified_error": manifest.built_with["verified_error"],
+        "tokens": TOKENS,
+        "pytorch_fp8_equal": sum(each.eager_half for each in expected),
+        "pytorch_fp8_tokens": TOKENS * len(expected),
+        "pytorch_fp8_logit_error_mean": sum(errors) / len(errors),
+        "pytorch_fp8_logit_error_max": max(errors),
+        "alone": [asdict(each) for each in alone],
+        "eight_ragged_rows": [asdict(each) for each in together],
+        "states_moved": moved,
+        "foreign_states_changed": changed,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"fp8_accuracy_{device}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    if moved or changed or any(each.unexcused for each in (*alone, *together)):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -120,18 +120,18 @@ def halved(full: PreTrainedModel) -> PreTrainedModel:
 
 
 def references(
-    full: PreTrainedModel, half: PreTrainedModel, prompts: list[list[int]]
+    full: PreTrainedModel, half: PreTrainedModel, prompts: list[list[int]], count: int = TOKENS
 ) -> list[Reference]:
-    """Greedy tokens of the float32 model, and how close each decision was.
+    """Greedy tokens of the float32 model, so many, and how close each decision was.
 
     All prompts are continued in one padded batch. A prompt whose logits alone do not confirm its
     tokens is continued alone.
     """
     with torch.inference_mode():
-        continuations = _continued(full, prompts)
+        continuations = _continued(full, prompts, count)
         for row, prompt in enumerate(prompts):
             if _logits(full, prompt, continuations[row]).argmax(-1).tolist() != continuations[row]:
-                continuations[row] = _continued(full, [prompt])[0]
+                continuations[row] = _continued(full, [prompt], count)[0]
         return [
             _reference(full, half, prompt, tokens)
             for prompt, tokens in zip(prompts, continuations, strict=True)
@@ -146,7 +146,7 @@ def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Ten
     return logits
 
 
-def _continued(full: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+def _continued(full: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
     longest = max(map(len, prompts))
     ids = torch.tensor(
         [[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=full.device
@@ -158,7 +158,7 @@ def _continued(full: PreTrainedModel, prompts: list[list[int]]) -> list[list[int
     out = full.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=TOKENS,
+        max_new_tokens=count,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
@@ -245,7 +245,8 @@ def run(
             {s: r.prompt for s, r in references.items()}, runner, rng
         ).items()
     }
-    for place in range(TOKENS - 1):
+    count = len(next(iter(references.values())).tokens)
+    for place in range(count - 1):
         feed = {s: [r.tokens[place] if forced else tokens[s][-1]] for s, r in references.items()}
         for sequence, token in runner.step(feed).items():
             tokens[sequence].append(token)
@@ -254,15 +255,16 @@ def run(
 
 def outcome(reference: Reference, free: list[int], forced: list[int]) -> Outcome:
     """Count what is equal, excused and not."""
+    count = len(reference.tokens)
     equal = next(
-        (i for i, (a, b) in enumerate(zip(free, reference.tokens, strict=True)) if a != b), TOKENS
+        (i for i, (a, b) in enumerate(zip(free, reference.tokens, strict=True)) if a != b), count
     )
-    different = [i for i in range(TOKENS) if forced[i] != reference.tokens[i]]
+    different = [i for i in range(count) if forced[i] != reference.tokens[i]]
     excused = sum(reference.gaps[i] < reference.errors[i] for i in different)
     return Outcome(
         len(reference.prompt),
         equal,
-        TOKENS - len(different),
+        count - len(different),
         excused,
         len(different) - excused,
         reference.eager_half,

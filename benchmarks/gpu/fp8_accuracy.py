@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct with its real weights rounded to fp8, against transformers in float32.
 
-    python -m benchmarks.gpu.fp8_accuracy --device cpu --alone 1 [--dtype float32]
+    python -m benchmarks.gpu.fp8_accuracy --device cpu --alone 1 [--tokens 32]
 
 As `benchmarks.gpu.accuracy`, whose prompts, runs and rules it has, but for what excuses a token: it
 may differ from the float32 reference's only where the reference's top two are closer than the error
@@ -10,6 +10,7 @@ with fp8 weights are those of the reference, which is what fp8 costs.
 """
 
 import argparse
+import copy
 import json
 import tempfile
 from dataclasses import asdict
@@ -19,7 +20,7 @@ import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.schema.specs import Dtype
 from inplace_builder import capture_decoder, load_decoder
-from inplace_builder.capture.checkpoint import load_model
+from inplace_builder.capture.scaled_linear import round_all
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import decoder_options
 from inplace_builder.served.model_config import MODEL_VERSION
@@ -34,6 +35,7 @@ from benchmarks.gpu.accuracy import (
     Runner,
     Stages,
     compare,
+    halved,
     poison,
     references,
     smollm2,
@@ -50,7 +52,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--alone", type=int, default=len(PROMPTS))
+    parser.add_argument("--alone", type=int, default=len(PROMPTS), help="prompts run alone too")
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     arguments = parser.parse_args()
     source, device = smollm2(), arguments.device
     options = BuildOptions(
@@ -67,7 +70,8 @@ def main() -> None:
     stage("load the model")
     full, tokenizer = load_decoder(source, Dtype.FLOAT32)
     assert tokenizer is not None
-    rounded, notes = load_model(source, options.dtype, weights=options.weight_options)
+    rounded = halved(full) if options.dtype is Dtype.BFLOAT16 else copy.deepcopy(full)
+    weights = round_all(rounded, options.weight_options)  # as a build does
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "smollm2"
         stage("capture the graph")
@@ -75,7 +79,7 @@ def main() -> None:
         manifest = write_engine(capture, model, options, stage, prepare=lambda: rounded.to(device))
         stage("continue the prompts with transformers")
         prompts = [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
-        expected = references(full.to(device), rounded, prompts)
+        expected = references(full.to(device), rounded, prompts, arguments.tokens)
         stage("continue them with the engine")
         instance = ModelInstance.open(model / MODEL_VERSION, idle_timeout=float("inf"))
         arena = instance.arena
@@ -94,14 +98,14 @@ def main() -> None:
         "python -m benchmarks.gpu.fp8_accuracy",
     ) | {
         "model": "SmolLM2-135M-Instruct",
-        "weights": notes["weights"],
+        "weights": weights,
         "dtype": str(options.dtype),
         "device": device,
         "reference": "transformers, float32, weights that are not rounded",
         "verified_error": manifest.built_with["verified_error"],
-        "tokens": TOKENS,
+        "tokens": arguments.tokens,
         "pytorch_fp8_equal": sum(each.eager_half for each in expected),
-        "pytorch_fp8_tokens": TOKENS * len(expected),
+        "pytorch_fp8_tokens": arguments.tokens * len(expected),
         "pytorch_fp8_logit_error_mean": sum(errors) / len(errors),
         "pytorch_fp8_logit_error_max": max(errors),
         "alone": [asdict(each) for each in alone],

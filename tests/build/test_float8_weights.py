@@ -6,18 +6,21 @@ import pytest
 import torch
 from inplace.engines.scales import check_scales
 from inplace.errors import LoadError
+from inplace.operators.float8 import quantize as quantize_rows
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.specs import Dtype
 from inplace.schema.tensor_file import as_bytes, read_safetensors
 from inplace_builder import (
     BuildOptions,
     DecoderOptions,
+    RowOptions,
     build_decoder,
     capture_decoder,
+    capture_exported_rows,
     write_engine,
 )
 from inplace_builder.capture.checkpoint import load_model
-from inplace_builder.capture.scaled_linear import ScaledLinear
+from inplace_builder.capture.scaled_linear import ScaledLinear, ScaledWeight
 from inplace_builder.choices import WeightOptions
 from inplace_builder.errors import BuildError
 from support.decoding import SHAPE, generate, generate_together, random_prompt
@@ -197,3 +200,31 @@ def test_scales_that_a_file_does_not_have_are_refused() -> None:
             check_scales("a", engine, good | {name: dtype})
     with pytest.raises(LoadError, match="a has no tensor weight"):
         check_scales("a", engine, {})
+
+
+class Accumulator(torch.nn.Module):
+    """A module of one sequence: a running sum of what a linear layer with 8-bit weights gives."""
+
+    total: torch.Tensor
+
+    def __init__(self, group: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        weight = ScaledWeight(*quantize_rows(torch.randn(4, 8), group), group)
+        self.layer = ScaledLinear(weight, torch.nn.Parameter(torch.randn(4)))
+        self.register_buffer("total", torch.zeros(1, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.total.add_(self.layer(x))
+        return self.total.clone()
+
+
+def test_rows_of_a_module_share_8_bit_weights(tmp_path: Path) -> None:
+    """The build compares the engine with the module, of which each row has a sum of its own."""
+    capture = capture_exported_rows(Accumulator(4), RowOptions(3), (torch.randn(1, 8),))
+    targets = [str(node.target) for node in capture.exported.graph.nodes]
+    assert targets.count("inplace.linear.default") == 1
+    options = BuildOptions(slots=3, max_rows=3)
+    manifest = write_engine(capture, tmp_path / "model", options)
+    assert manifest.verified == "executed"
+    assert len(manifest.programs[0].engine.scales) == 1

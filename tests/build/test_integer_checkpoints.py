@@ -1,5 +1,6 @@
 """Folders of GPTQ and AWQ checkpoints as they are published, built into engines."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,31 @@ def test_a_folder_without_its_parts_is_refused(model: LlamaForCausalLM, tmp_path
     change_config(tmp_path, quantization_config=AWQ_CONFIG)
     with pytest.raises(BuildError, match=r"no tensor there ends with \.qweight"):
         load_decoder(tmp_path, Dtype.FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "renamed"),
+    [
+        ("gptq", "quantize_config.json", "gptq_model-4bit"),
+        ("awq", "quant_config.json", "model"),
+    ],
+)
+def test_folders_of_older_packages_have_a_file_of_their_own(
+    model: LlamaForCausalLM, tmp_path: Path, method: str, name: str, renamed: str
+) -> None:
+    """What config.json says of the quantization today."""
+    quantize_folder(tmp_path, model, method)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    stated = fields.pop("quantization_config")
+    del stated["quant_method"]
+    if method == "awq":  # AutoAWQ's names until 0.1.8
+        stated = {"zero_point": True, "q_group_size": 16, "w_bit": 4, "version": "GEMM"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / name).write_text(json.dumps(stated))
+    (tmp_path / "model.safetensors").rename(tmp_path / f"{renamed}.safetensors")
+    loaded, notes = load_model(tmp_path, Dtype.FLOAT32)
+    assert f"{method} weights (4 bits, groups of 16)" in notes["quantization"]
+    assert torch.equal(logits(loaded), logits(model))
+    (tmp_path / name).write_text("{")
+    with pytest.raises(BuildError, match=f"{name} cannot be read"):
+        load_model(tmp_path, Dtype.FLOAT32)

@@ -23,6 +23,7 @@ from inplace_builder.capture.quantized import (
     is_cache_only,
     quantization,
     read_quantized,
+    with_own_file,
     without_quantization,
 )
 from inplace_builder.capture.scaled_linear import has_scaled, round_all, use_stored
@@ -121,7 +122,8 @@ def load_weights(
         arguments["config"], fields = without_quantization(config), None
     stored = None
     if fields is not None:
-        stored = read_quantized(files.folder, config, dtype.as_torch)
+        keep = weights.kind != "dequantized"
+        stored = read_quantized(files.folder, config, dtype.as_torch, keep=keep)
         done = stored.note if stored else f"mxfp4 weights, dequantized to {dtype}"
         notes["quantization"] = f"{done}; activations are not quantized"
         arguments["config"] = dequantizing_config(config)
@@ -168,7 +170,7 @@ def load_weights(
             f"{type(model).__name__} does not use: its output would not be that of the model the "
             f"weights belong to; correct config.json, or remove these tensors"
         )
-    if stored is not None and stored.scaled and weights.kind != "dequantized":
+    if stored is not None and stored.scaled:
         notes["weights"] = use_stored(model, stored.scaled, weights)
         del notes["quantization"]
     return model, notes
@@ -241,11 +243,12 @@ def read_config(source: Path, files: ModelFiles) -> PretrainedConfig:
         BuildError: transformers cannot read it.
     """
     try:
-        return transformers.AutoConfig.from_pretrained(files.folder, **_arguments(files))
+        config = transformers.AutoConfig.from_pretrained(files.folder, **_arguments(files))
     except Exception as error:  # transformers raises many types for an unreadable folder
         raise BuildError(
             f"{source} has no configuration that transformers can read: {brief(error)}"
         ) from error
+    return config if files.gguf else with_own_file(config, files.folder)
 
 
 def _decoder_class(config: PretrainedConfig) -> Any:

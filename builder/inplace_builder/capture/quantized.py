@@ -21,7 +21,7 @@ from inplace_builder.capture.integer_weights import (
     read_layer,
 )
 from inplace_builder.capture.scaled_linear import ScaledWeight
-from inplace_builder.errors import BuildError
+from inplace_builder.errors import BuildError, brief
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 CACHE_SCALES = (
@@ -58,6 +58,27 @@ def quantization(config: PretrainedConfig) -> dict[str, Any] | None:
         if fields is not None:
             return dict(fields) if isinstance(fields, dict) else fields.to_dict()
     return None
+
+
+def with_own_file(config: PretrainedConfig, folder: Path) -> PretrainedConfig:
+    """The configuration with what older packages wrote into a file beside it.
+
+    Args:
+        config: of the model; changed in place where it says nothing of its quantization.
+        folder: AutoGPTQ left ``quantize_config.json`` there, AutoAWQ ``quant_config.json``.
+
+    Raises:
+        BuildError: there is such a file and it cannot be read.
+    """
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        path = folder / name
+        if quantization(config) is None and path.is_file():
+            try:
+                fields = json.loads(path.read_text())
+                config.quantization_config = {"quant_method": method, **fields}
+            except (OSError, ValueError, TypeError) as error:
+                raise BuildError(f"{path} cannot be read: {brief(error)}") from error
+    return config
 
 
 def _method(fields: Mapping[str, Any]) -> str:
@@ -105,7 +126,7 @@ def check_quantization(config: PretrainedConfig, source: Path) -> None:
 
 
 def read_quantized(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, keep: bool = False
 ) -> DequantizedWeights | None:
     """Read a checkpoint with 8-bit floats or packed integers; None if transformers reads it.
 
@@ -113,6 +134,7 @@ def read_quantized(
         folder: with one or several safetensors or ``.bin`` files.
         config: the model's, with its quantization; `check_quantization` has accepted it.
         dtype: the type to round to. Other tensors keep their own.
+        keep: return matrices of 8-bit floats as they are stored too.
 
     Raises:
         BuildError: a part of a weight is missing, or does not fit it.
@@ -121,7 +143,7 @@ def read_quantized(
     if is_fp8(fields):
         tensors, scaled = read_fp8(folder, config, dtype)
         note = f"fp8 weights, dequantized to {_name(dtype)}"
-        return DequantizedWeights(tensors, note, scaled=scaled)
+        return DequantizedWeights(tensors, note, scaled=scaled if keep else {})
     method = _method(fields)
     if method not in ("gptq", "awq"):
         return None
@@ -308,8 +330,13 @@ def _block_size(fields: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint: of the files that its index names, or of its one file."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    """The tensors of a checkpoint: of the files that its index names, or of its one file.
+
+    AutoGPTQ named the file after the quantization: ``gptq_model-4bit-128g.safetensors``.
+    """
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    own = others if len(others) == 1 else []
+    for name in dict.fromkeys(("model.safetensors", "pytorch_model.bin", *own)):
         index = folder / f"{name}.index.json"
         files = [folder / name]
         if index.is_file():

@@ -9,6 +9,7 @@ import pytest
 from inplace.schema.served import Manifest
 from inplace_builder.__main__ import app
 from support.engines import Engines
+from support.faults import eventually
 from support.models import greedy
 from support.pool import Deployment, ServerPool
 from support.served import Served, Stream
@@ -48,11 +49,15 @@ def test_tokens_and_text_are_those_of_the_model(drafted: Served, built: Path) ->
     assert (answer.tokens, answer.reason, answer.error) == (expected, "length", "")
     assert answer.text == added(ids, expected)
     port = drafted.server.ports.metrics
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        text = page.read().decode()
-    counts = re.findall(rf"inplace_draft_tokens_total\{{.*{MODEL}.*\}} (\d+)", text)
-    assert len(counts) == 2
-    assert sum(map(int, counts)) >= 39 / 4 * 3, "accepted and rejected ones"
+
+    def drafts_are_counted() -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            text = page.read().decode()
+        counts = re.findall(rf"inplace_draft_tokens_total\{{.*{MODEL}.*\}} (\d+)", text)
+        assert len(counts) == 2, "accepted and rejected ones"
+        return sum(map(int, counts)) >= 39 / 4 * 3
+
+    eventually(drafts_are_counted, "metrics have the drafted tokens", 10.0)
     manifest = Manifest.load(built / "1")
     assert [program.name for program in manifest.programs] == ["step", "draft"]
     assert manifest.built_with["draft"] == "the model's first 1 layers, 3 tokens a round"

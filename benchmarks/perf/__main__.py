@@ -13,7 +13,8 @@ time. ``all`` builds both models (`make perf`). Several modes may be named. The 
 decoder; one built for the other protocol is served with the configuration for this one.
 
 ``--instances 1,2,4`` measures steps with so many instances, each with an engine of its own, one
-number after the other. ``--nothing`` also sends the same steps to a model of Triton's own Python
+number after the other; ``--share-engine`` measures each number above 1 again, with one engine for
+all of them. ``--nothing`` also sends the same steps to a model of Triton's own Python
 backend that computes nothing: what a request costs before anything is done.
 
 Writes one JSON of all levels; `benchmarks.perf.plots` draws it. Input files are in perf_analyzer's
@@ -79,6 +80,11 @@ def main() -> None:
         help="unary, stream: instances of the model; separated by commas",
     )
     parser.add_argument(
+        "--share-engine",
+        action="store_true",
+        help="unary, stream: also several instances with one engine",
+    )
+    parser.add_argument(
         "--nothing", action="store_true", help="unary, stream: also a model that computes nothing"
     )
     parser.add_argument("--input-data", type=Path, help="another input file")
@@ -134,9 +140,15 @@ def measure(
         rows = [min(int(level), manifest.program("step").max_rows) for level in levels]
         alone = dict(zip(levels, engine_steps(model / "1", rows), strict=True))
     counts = [int(count) for count in given.instances.split(",")] if steps else [1]
-    kinds = (False, True) if steps and given.nothing else (False,)
-    for nothing, instances in product(kinds, counts):
-        with served(model, manifest, serve, instances=instances, nothing=nothing) as server:
+    kinds = [(count, False, False) for count in counts]
+    if steps and given.share_engine:
+        kinds += [(count, True, False) for count in counts if count > 1]
+    if steps and given.nothing:
+        kinds += [(count, False, True) for count in counts]
+    for instances, shared, nothing in kinds:
+        with served(
+            model, manifest, serve, instances=instances, shared=shared, nothing=nothing
+        ) as server:
             for level, tool in product(levels, tools(given)):
                 load = loaded(given, mode, level, server.grpc_url, manifest.name)
                 line = {
@@ -149,7 +161,8 @@ def measure(
                 line |= ({"instances": instances} if steps else {}) | (
                     {"computes": "nothing"} if nothing else {}
                 )
-                line |= driven(server, TOOLS[tool], load, instances)
+                line |= {"shared_engine": True} if shared else {}
+                line |= driven(server, TOOLS[tool], load, 1 if shared else instances)
                 if alone and not nothing:
                     line["engine_alone_us"] = alone[level]
                 yield line

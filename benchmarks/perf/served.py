@@ -8,6 +8,7 @@ from typing import Literal
 
 from google.protobuf import text_format
 from inplace.schema.served import Manifest
+from inplace.server.settings import SHARE_ENGINE
 from inplace_builder.served.model_config import TextSettings, model_config
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
@@ -20,7 +21,13 @@ Serve = Literal["step", "stream"]
 
 @contextmanager
 def served(
-    model: Path, manifest: Manifest, serve: Serve, *, instances: int = 1, nothing: bool = False
+    model: Path,
+    manifest: Manifest,
+    serve: Serve,
+    *,
+    instances: int = 1,
+    shared: bool = False,
+    nothing: bool = False,
 ) -> Iterator[TritonServer]:
     """Serve it under the name of its manifest.
 
@@ -30,6 +37,7 @@ def served(
         manifest: of its engine.
         serve: the protocol.
         instances: processes, each with an engine and an arena of its own.
+        shared: they use the engine and the arena of the first.
         nothing: a model with the same configuration that computes nothing, in its place.
     """
     config = text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
@@ -37,6 +45,8 @@ def served(
         text_settings = TextSettings() if serve == "stream" else None
         config = model_config(manifest, BuildOptions(serve=serve), text_settings).proto()
     config.instance_group[0].count = instances
+    if shared:
+        config.parameters[SHARE_ENGINE].string_value = "on"
     text = text_format.MessageToString(config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "repository" / manifest.name

@@ -282,6 +282,7 @@ def test_the_example_of_a_module_with_an_lstm(capsys: pytest.CaptureFixture[str]
     assert "each chunk's scores are those of the module" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_of_a_mixture_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
     script = Path(__file__).parents[2] / "examples" / "moe_decoder.py"
@@ -289,6 +290,7 @@ def test_the_example_of_a_mixture_of_experts(capsys: pytest.CaptureFixture[str])
     assert "23 tokens of prompt, then what transformers generates" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_of_a_hybrid_decoder(capsys: pytest.CaptureFixture[str]) -> None:
     script = Path(__file__).parents[2] / "examples" / "hybrid_decoder.py"

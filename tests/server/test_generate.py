@@ -2,6 +2,7 @@
 
 import json
 import queue
+import shutil
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inplace.drivers.detokenizer import TOKENIZER_NAME
+from support.manifests import exchange
 from support.models import greedy
+from support.pool import Deployment, ServerPool
 from support.served import (
     CAPACITY,
     MODEL,
@@ -23,7 +27,7 @@ from support.served import (
     ids_input,
 )
 from support.streams import prompt
-from support.vocabulary import added, tiny_tokenizer
+from support.vocabulary import added, added_to_any_prompt, byte_fallback, tiny_tokenizer
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
@@ -143,6 +147,27 @@ def test_a_stop_text_ends_a_generation_and_is_not_said(served: Served) -> None:
             ignore_eos=True,
         )
     assert (answer.reason, answer.text) == ("stop", text[: text.index(stop)])
+
+
+def test_text_of_byte_tokens_is_whole_and_ends_before_a_stop_text(
+    served: Served, stream_models: Path, pool: ServerPool, tmp_path: Path
+) -> None:
+    """As Llama 2, Phi-3 and Gemma have it."""
+    folder = shutil.copytree(stream_models / MODEL, tmp_path / "byte_fallback")
+    tokenizer = byte_fallback()
+    exchange(folder / "1", TOKENIZER_NAME, tokenizer.to_str().encode())
+    ids = tokenizer.encode("好a 🙂", add_special_tokens=False).ids
+    options: dict[str, Any] = {"max_tokens": 40, "regex": "[ខ你a]{12}", "temperature": "1"}
+    with pool.serve(Deployment(folder)), Stream(served, folder.name) as stream:
+        for seed, interval in enumerate((1, 2, 5, 40)):
+            options |= {"seed": seed, "stream_interval": interval}
+            answer = stream.ask("a", ids, end=True, **options)
+            assert (len(answer.text), answer.error) == (12, "")
+            assert answer.text == added_to_any_prompt(tokenizer, ids, answer.tokens)
+            stop = answer.text[3:5]
+            stopped = stream.ask("a", ids, end=True, stop=("never", stop), **options)
+            text = answer.text[: answer.text.index(stop)]
+            assert (stopped.text, stopped.reason) == (text, "stop")
 
 
 def test_a_special_token_and_stop_token_ids_end_a_generation(served: Served) -> None:

@@ -1,15 +1,20 @@
 """Changed model folders on a real server: refused when they are loaded, with the reason."""
 
+import builtins
 import json
-from collections.abc import Iterator
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
 from google.protobuf.json_format import MessageToJson
 from inplace_builder.served.model_config import MODEL_VERSION
 from support.faults import eventually, idle_after
-from support.manifests import edit
+from support.long import long_except
+from support.manifests import edit, exchange
 from support.models import Repository
 from support.pool import Deployment, ServerPool
 from tritonclient.grpc import InferenceServerClient
@@ -17,6 +22,8 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
 pytestmark = pytest.mark.server
+
+ENGINE = "engine.safetensors"
 
 
 @pytest.fixture
@@ -85,6 +92,63 @@ def test_swapped_outputs_are_refused_by_the_digest(
     fields["programs"][0]["outputs"].reverse()
     path.write_text(json.dumps(fields))
     refusal(pool, client, "swapped", "swapped/1/engine.json has the digest ")
+
+
+class Planted:
+    """An object whose pickle makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return builtins.open, (str(self.marker), "w")
+
+
+def plant_pickle(folder: Path, outside: Path) -> None:
+    exchange(folder, ENGINE, pickle.dumps(Planted(outside / "marker")))
+
+
+def link_engine(folder: Path, outside: Path) -> None:
+    (folder / ENGINE).rename(outside / ENGINE)
+    (folder / ENGINE).symlink_to(outside / ENGINE)
+
+
+def name_file_outside(folder: Path, outside: Path) -> None:
+    def rename(fields: dict[str, Any]) -> None:
+        for record, key in (
+            (fields["programs"][0]["engine"], "file"),
+            (fields["files"][0], "name"),
+        ):
+            record[key] = str(outside / ENGINE)
+
+    edit(folder, rename)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    long_except(
+        [(plant_pickle, "planted/1/engine.safetensors cannot be read as a safetensors file")],
+        [
+            (plant_pickle, "planted/1/engine.safetensors cannot be read as a safetensors file"),
+            (link_engine, "planted/1/engine.safetensors is not a regular file inside its folder"),
+            (name_file_outside, "is not the name of a file inside the engine's folder"),
+        ],
+    ),
+)
+def test_code_in_a_folder_and_files_outside_it_are_refused(
+    repository: Repository,
+    pool: ServerPool,
+    client: InferenceServerClient,
+    tmp_path: Path,
+    damage: Callable[[Path, Path], None],
+    reason: str,
+) -> None:
+    """The checksums are right: who can write the folder can write them."""
+    Deployment(repository.path / "accumulator", "planted").copy_to(pool.repository)
+    damage(pool.repository / "planted" / MODEL_VERSION, tmp_path)
+    refusal(pool, client, "planted", reason)
+    shutil.rmtree(pool.repository / "planted")
+    assert not (tmp_path / "marker").exists()
 
 
 def test_an_uploaded_plan_is_not_run(

@@ -153,6 +153,13 @@ def byte_fallback() -> Tokenizer:
     return tokenizer
 
 
+def save_byte_fallback(folder: Path) -> None:
+    """That tokenizer as transformers keeps it beside a model."""
+    PreTrainedTokenizerFast(
+        tokenizer_object=byte_fallback(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
 @cache
 def word_piece() -> Tokenizer:
     """As BERT has it: parts of words, spaces that the decoder puts back."""

@@ -15,14 +15,17 @@ from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import TritonServer
 from support.models import CAPACITY, CHUNK, accumulator, tiny_llama
-from support.vocabulary import save_tokenizer
+from support.vocabulary import save_byte_fallback, save_tokenizer
 from tritonclient.grpc import service_pb2_grpc
 
 SLOTS, IDLE = 32, 15.0
 
 
 def built(folder: Path) -> Path:
-    """A repository with the tiny Llama for steps and for streams, and the accumulator."""
+    """A repository with the tiny Llama for steps and for streams, and the accumulator.
+
+    The text of the stream model is made of byte tokens, which characters are divided into.
+    """
     repository, source = folder / "repository", folder / "source"
     tiny_llama(source)
     save_tokenizer(source)
@@ -30,6 +33,7 @@ def built(folder: Path) -> Path:
         slots=SLOTS, max_rows=8, capacity=CAPACITY, chunk=CHUNK, idle_timeout=IDLE
     )
     build_decoder(source, repository / "llama", options)
+    save_byte_fallback(source)
     build_decoder(source, repository / "stream", replace(options, serve="stream"))
     write_engine(
         accumulator(),

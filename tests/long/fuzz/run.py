@@ -137,15 +137,15 @@ def _alone(instance: ModelInstance, done: Accepted, pending: list[int]) -> Resul
         for name, value in done.parameters.items()
         if name != "position" and name in known_names(RequestKind.STEP)
     }
-    most = done.parameters.get("max_tokens")
+    most, reused = done.parameters.get("max_tokens"), {"reused_tokens": np.array([[0]])}
     if most is None:
-        return _step(instance, done.start, done.end, inputs, parameters)
+        return _step(instance, done.start, done.end, inputs, parameters) | reused
     generated: list[int] = []
     for count in range(int(most)):
         start, end = done.start and count == 0, done.end and count == int(most) - 1
         generated.append(_step(instance, start, end, inputs, parameters)["next_token"].item())
         inputs = {"input_ids": torch.tensor([generated[-1:]])}
-    return {"tokens": np.array([generated]), "reused_tokens": np.array([[0]])}
+    return {"tokens": np.array([generated])} | reused
 
 
 def _step(

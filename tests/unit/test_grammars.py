@@ -21,6 +21,7 @@ from inplace.parameters import RequestKind, parse_parameters
 from support.matching import EOS, follow
 from support.models import VOCABULARY
 from support.vocabulary import byte_fallback, tiny_tokenizer, word_piece
+from tokenizers import Tokenizer, decoders
 
 TOKENIZER = tiny_tokenizer()
 
@@ -62,6 +63,20 @@ def test_tokens_that_are_bytes_follow_grammars_too() -> None:
     texts = [follow(compiler, given, seed, tokenizer) for seed in range(3)]
     compiler.close()
     assert all(re.fullmatch("(\u4e2d|\u00e9| ?ab)(\u4e2d|\u00e9| ab){2}", each) for each in texts)
+
+
+def test_byte_level_tokens_are_bytes_behind_other_decoders_too() -> None:
+    """As transformers makes tokenizers from GGUF files."""
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    replaces = decoders.Replace("\u2581", " ")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), replaces, decoders.ByteLevel()]
+    )
+    compiler = GrammarCompiler(tokenizer, VOCABULARY, {EOS})
+    expression = "( the|\n\u00e9){3}"
+    texts = [follow(compiler, source(regex=expression), seed, tokenizer) for seed in range(3)]
+    compiler.close()
+    assert all(re.fullmatch(expression, text) for text in texts), texts
 
 
 def test_a_tokenizer_whose_tokens_are_no_bytes_is_refused() -> None:

@@ -302,7 +302,7 @@ class GrammarCompiler:
             "token_seconds": TOKEN_SECONDS,
         }
         with os.fdopen(os.memfd_create("tokenizer"), "w+", encoding="utf-8") as file:
-            file.write(self._tokenizer.to_str())
+            file.write(_readable(self._tokenizer))
             file.seek(0)
             return subprocess.Popen(
                 [
@@ -332,6 +332,19 @@ class GrammarCompiler:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+
+def _readable(tokenizer: Tokenizer) -> str:
+    """A tokenizer as the library reads it.
+
+    It takes a tokenizer with byte fallback for one whose tokens are no bytes, also where bytes are
+    what its decoder ends with, as in those that transformers makes from GGUF files.
+    """
+    fields = json.loads(tokenizer.to_str())
+    parts = (fields["decoder"] or {}).get("decoders", [])
+    for byte_level in (each for each in parts if each["type"] == "ByteLevel"):
+        fields["decoder"] = byte_level
+    return json.dumps(fields)
 
 
 def _has_died(future: "Future[CompiledGrammar]") -> bool:

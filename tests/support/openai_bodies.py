@@ -96,7 +96,8 @@ def check(status: int, answer: Any, *, may_be_full: bool = False) -> None:
         assert last == "data: [DONE]" or "error" in json.loads(last.removeprefix("data: ")), answer
         assert all(each["choices"] or each["usage"] for each in bodies)
     elif status == 200:
-        assert all(choice["finish_reason"] in ("stop", "length") for choice in answer["choices"])
+        reasons = {choice["finish_reason"] for choice in answer["choices"]}
+        assert reasons <= {"stop", "length", "tool_calls"}
     else:
         assert status in (400, 404, 413) or (may_be_full and status == 503), answer
         assert answer.keys() == {"error"}

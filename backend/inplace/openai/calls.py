@@ -16,6 +16,9 @@ SPACE = r"( |\n {0,16})?"
 ANY_SPACE = r"[ \t\n\r]*"
 """The same, before it is certain that a reply is a call."""
 
+OPEN, CLOSE, NAME = r"\{", r"\}", '"name"'
+"""Parts of a call, as regular expressions."""
+
 ID_CHARACTERS = string.ascii_letters + string.digits
 
 
@@ -138,14 +141,13 @@ class CallGrammar:
         written = self._format
         rules = ["TEXT: /(?s:.)+/", f"other: {self._other_tokens()}", *self._call_rules()]
         if not written.needs_opening:
-            rules.append(f"begun: {self._alternatives('begun')}")
             opening = f"({re.escape(written.opening)}{ANY_SPACE})?" if written.opening else ""
-            for place, function in enumerate(self._functions):
-                begin = _expression(("{", '"name"', ":", f'"{function.name}"'), ANY_SPACE)
-                key = _expression((",", f'"{written.arguments}"', ":"), SPACE)
+            begin = ANY_SPACE.join(("", opening + OPEN, NAME, ":", ""))
+            rules += [f"FIRST: /{begin}/", f"begun: {self._alternatives('begun')}"]
+            for place, name in enumerate(self._names()):
                 rules += [
-                    f"named_{place}[lazy]: /{ANY_SPACE}{opening}{begin}/",
-                    f"begun_{place}: named_{place} /{SPACE}{key}{SPACE}/ arguments_{place}",
+                    f"named_{place}[lazy]: FIRST {name}",
+                    f"begun_{place}: named_{place} KEY arguments_{place}",
                 ]
             more = f"({self._separator()} call)*" if self._parallel else ""
             token = self._token(written.opening)
@@ -180,14 +182,24 @@ class CallGrammar:
             token = self._token(written.closing)
             closing = json.dumps(written.closing)
             calls += f" /{SPACE}/ {closing if token is None else f'({token} | {closing})'}"
-        rules = [f"calls: {calls}", f"call: {self._alternatives('call')}"]
-        for place, function in enumerate(self._functions):
-            parts = ("{", '"name"', ":", f'"{function.name}"', ",", f'"{written.arguments}"', ":")
+        rules = [
+            f"calls: {calls}",
+            f"call: {self._alternatives('call')}",
+            f"BEGIN: /{SPACE.join(('', OPEN, NAME, ':', ''))}/",
+            f"KEY: /{SPACE.join(('', ',', json.dumps(written.arguments), ':', ''))}/",
+            f"END: /{SPACE}{CLOSE}/",
+        ]
+        for place, name in enumerate(self._names()):
+            schema = self._functions[place].schema
             rules += [
-                f"call_{place}: /{SPACE}{_expression(parts, SPACE)}{SPACE}/ arguments_{place}",
-                f"arguments_{place}: {_json(function.schema)} /{SPACE}\\}}/",
+                f"call_{place}: BEGIN {name} KEY arguments_{place}",
+                f"arguments_{place}: {_json(schema)} END",
             ]
         return rules
+
+    def _names(self) -> list[str]:
+        """The names of the functions in JSON, as literals of the notation."""
+        return [json.dumps(json.dumps(each.name)) for each in self._functions]
 
     def _alternatives(self, name: str) -> str:
         return " | ".join(f"{name}_{place}" for place in range(len(self._functions)))
@@ -209,11 +221,6 @@ class CallGrammar:
 
     def _joined(self, start: str, *rules: str) -> str:
         return "\n".join([f"start: {start}", *rules]) + "\n"
-
-
-def _expression(parts: Sequence[str], space: str) -> str:
-    """Texts with white space between them, as a regular expression."""
-    return space.join(map(re.escape, parts))
 
 
 def _json(schema: Mapping[str, Any]) -> str:

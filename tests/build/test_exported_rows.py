@@ -242,6 +242,29 @@ def test_what_cannot_be_rows_is_refused() -> None:
         capture_exported_rows(Attending(), RowOptions(4, positions="x"), examples)
 
 
+class Scaled(nn.Module):
+    """An argument that is no tensor."""
+
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(1, 4))
+
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        self.total.add_(x * step)
+        return self.total * 1
+
+
+def test_arguments_that_are_no_tensors_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (torch.zeros(1, 4), 3)
+    capture = capture_exported_rows(Scaled(), RowOptions(4), arguments)
+    assert [spec.name for spec in capture.program.inputs] == ["x", "slots"]
+    assert "argument step is 3 in every request: it is no tensor" in capsys.readouterr().err
+    with pytest.raises(BuildError, match=r"positions names 'step'; .* are \['x'\]: give it an in"):
+        capture_exported_rows(Scaled(), RowOptions(4, positions="step"), arguments)
+
+
 class Hash(nn.Module):
     """Numbers that stand for something else while rows are traced."""
 

@@ -3,6 +3,7 @@
 import itertools
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,30 @@ def test_states_are_declared_by_their_outputs(
         torch.testing.assert_close(computed.reshape(out.shape), out)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """States in an object that a step replaces."""
+
+    hidden: Tensor
+    cell: Tensor
+
+
+class Replaced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.LSTMCell(4, 4) for _ in range(2))
+        self.memories = [Memory(torch.zeros(1, 4), torch.zeros(1, 4)) for _ in self.layers]
+        self.last = Memory(torch.zeros(1, 4), torch.ones(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for place, layer in enumerate(self.layers):
+            memory = self.memories[place]
+            self.memories[place] = Memory(*layer(x, (memory.hidden, memory.cell)))
+            x = x + self.memories[place].hidden
+        self.last = Memory(self.last.cell, x)
+        return x + self.last.hidden
+
+
 def test_states_that_are_all_that_a_cell_returns_are_its_outputs_too(tmp_path: Path) -> None:
     cell = RowCase("cell", lambda: nn.GRUCell(4, 8), (1, 4), lambda: [torch.zeros(1, 8)])
     with pytest.raises(BuildError, match=r"its inputs \['input', 'hx'\], pass states="):
@@ -226,7 +251,7 @@ def test_an_engine_keeps_states_that_are_returned_in_the_callers_memory(tmp_path
         torch.testing.assert_close(theirs, own)
 
 
-@pytest.mark.parametrize("make", [Attributes, Objects, Buffers, Hooks])
+@pytest.mark.parametrize("make", [Attributes, Objects, Buffers, Hooks, Replaced])
 def test_an_engine_of_its_own_keeps_what_attributes_and_hooks_keep(
     make: type[nn.Module], tmp_path: Path
 ) -> None:
@@ -301,6 +326,31 @@ class Late(nn.Module):
         return self.hidden * 2
 
 
+class Given(nn.Module):
+    """A buffer with a first value, and what a step does with it."""
+
+    def __init__(self, state: Tensor | None, step: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.register_buffer("state", state)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step(self, x)
+        return x * 2
+
+
+def moves(self: Any, x: Tensor) -> None:
+    self.state.data = self.state + x
+
+
+def begins(self: Any, x: Tensor) -> None:
+    self.state = x if self.state is None else self.state + x
+
+
+def keeps_nothing(self: Any, x: Tensor) -> None:
+    self.state.copy_(torch.cat([self.state, x[:, None]], 1)[:, 1:])
+
+
 def streaming(layer: nn.Module) -> nn.Module:
     return Streaming(layer, (1, 1, 4), 1)
 
@@ -350,6 +400,9 @@ def branching_on_an_index(x: Tensor, **limits: int) -> Any:
             r"lstm.* at .*row_cases.py.* is random",
         ),
         (lambda: streaming(Of(lambda x: x + torch.randn(4))), r"randn.* at .*row_cases.py.*random"),
+        (lambda: Given(zeros(1, 4), moves), r"state of the module gets other mem.*state\.copy_"),
+        (lambda: Given(None, begins), r"attribute state is None before the first step and .*1, 4"),
+        (lambda: Given(zeros(1, 0, 4), keeps_nothing), r"state of \(1, 0, 4\) has no elements"),
         (both_ways, r"lstm.* at .*row_cases.py.* it is bidirectional: .*use one direction"),
         (
             lambda: streaming(Of(lambda x: x[:, int(x.argmax().clamp(max=0))])),

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from inplace_builder.graph.export import (
 )
 from inplace_builder.graph.nodes import placeholders_by_name, returned_values, value
 from inplace_builder.packing.rows import RowGraph, make_rows_dynamic
-from inplace_builder.states.adapt import States
+from inplace_builder.states.adapt import States, constant_arguments
 from inplace_builder.states.state import SLOTS, CapturedState
 
 
@@ -171,6 +172,12 @@ def capture_rows(
         shared=shared or (),
         batched=True,
     )
+    for argument, number in constant_arguments(module, example_inputs, kwargs).items():
+        print(
+            f"argument {argument} is {number!r} in every request: it is no tensor, so it is a "
+            f"constant of the graph",
+            file=sys.stderr,
+        )
     if capture.rows != 1:
         raise BuildError(
             f"the module already steps {capture.rows} rows, each at its own position; give one of "
@@ -392,6 +399,7 @@ class RowsModule:
         graph = capture.exported.graph
         values = {name: node.meta["val"] for name, node in placeholders_by_name(graph).items()}
         self.inputs = tuple(_input_spec(name, values[name], options) for name in capture.inputs)
+        _check_position_input(self.inputs, options)
         _check_lengths(self.inputs, options)
         _check_speech(self.inputs, options)
         limited = {spec.name for spec in self.inputs if spec.minimum is not None}
@@ -577,6 +585,15 @@ def _check_speech(inputs: Sequence[TensorSpec], options: RowOptions) -> None:
     if unknown := sorted(expected - set(names)):
         raise BuildError(
             f"choices or a sample rate were given for {unknown}; the module's inputs are {names}"
+        )
+
+
+def _check_position_input(inputs: Sequence[TensorSpec], options: RowOptions) -> None:
+    names = [spec.name for spec in inputs]
+    if options.positions is not None and options.positions not in names:
+        raise BuildError(
+            f"positions names {options.positions!r}; the module's inputs are {names}: give it an "
+            f"integer tensor of one entry as example (a Python number is a constant of the graph)"
         )
 
 

@@ -167,6 +167,10 @@ class _Call:
         own += [*module.parameters(), *module.buffers()]
         buffers = dict(module.named_buffers())
         versions = [tensor._version for tensor in own]
+        held = {
+            name: (tensor.detach(), tensor)
+            for name, tensor in [*module.named_parameters(), *buffers.items()]
+        }
         before = {path: _snapshot(value) for path, value in attributes_of(module).items()}
         with (
             KeptValues(module, parameters=True).kept(),
@@ -181,6 +185,9 @@ class _Call:
             after = {
                 path: pytree.tree_leaves(value) for path, value in attributes_of(module).items()
             }
+            late = [name for name, _ in module.named_buffers() if name not in buffers]
+            after |= {name: [module.get_buffer(name)] for name in late}
+            moved = [name for name, pair in held.items() if _is_moved(*pair)]
         first = _named_leaves(module, *given)
         self.inputs = {
             place: leaf for place, leaf in enumerate(first) if isinstance(leaf[1], Tensor)
@@ -189,11 +196,25 @@ class _Call:
         self.keys = {
             place: _key(paths[place][2:]) or self.inputs[place][0] for place in self.inputs
         }
+        if moved:
+            raise BuildError(
+                f"{moved[0]} of the module gets other memory in a step, by {moved[0]}.data = … or "
+                f"set_(): write its values, {moved[0]}.copy_(…)"
+            )
         _refuse_late(module, after)
         self.attributes = {
             path: value[0] for path, value in before.items() if _changed(path, *value, after)
         }
         return self
+
+
+def _is_moved(old: Tensor, tensor: Tensor) -> bool:
+    """Whether a tensor has got other memory than an alias of it; a parameter with other values."""
+    if tensor.layout is not torch.strided or old.data_ptr() == tensor.data_ptr():
+        return False
+    if not isinstance(tensor, nn.Parameter):
+        return True
+    return old.shape != tensor.shape or not same_bits(old.reshape(-1), tensor.reshape(-1))
 
 
 def _named_leaves(
@@ -213,6 +234,18 @@ def _named_leaves(
     return leaves
 
 
+def constant_arguments(
+    module: nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The numbers and texts among the arguments of a call, by name: a graph holds them fast."""
+    if isinstance(module, ExportedProgram):
+        return {}
+    leaves = _named_leaves(module, tuple(example_inputs), dict(kwargs or {}))
+    return {name: leaf for name, leaf in leaves if isinstance(leaf, int | float | str)}
+
+
 # Python attributes.
 
 
@@ -227,6 +260,8 @@ def _refuse_late(module: nn.Module, after: Mapping[str, list[Any]]) -> None:
         prefix, _, name = path.rpartition(".")
         holder = holder_of(module, prefix)
         old = getattr(holder, "__dict__", {}).get(name, _MISSING)
+        if isinstance(holder, nn.Module) and name in holder._buffers:
+            old = holder._buffers[name]
         if old is None or (old is not _MISSING and not pytree.tree_leaves(old)):
             raise BuildError(
                 f"attribute {path} is {old!r} before the first step and {_described(leaves)} after "
@@ -306,25 +341,50 @@ def _register_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> No
 
     @functools.wraps(forward)
     def adapted(*args: Any, **kwargs: Any) -> Any:
-        kept: list[tuple[dict[str, Any], str, Any, Any, list[Tensor]]] = []
+        kept: list[tuple[dict[str, Any], str, Any, Any]] = []
+        states: list[tuple[str, list[Tensor]]] = []
+        links = [link for path in containers for link in _links(module, path)[:-1]]
         for path, (owner, names, spec, original) in containers.items():
             prefix, _, name = path.rpartition(".")
             attributes = vars(holder_of(module, prefix))
             tensors = [module.get_submodule(owner).get_buffer(each) for each in names]
             content = pytree.tree_map(lambda leaf: leaf, original)
-            kept.append((attributes, name, original, content, tensors))
+            kept.append((attributes, name, original, content))
+            states.append((path, tensors))
             attributes[name] = _filled(original, pytree.tree_unflatten(tensors, spec))
         try:
             returned = forward(*args, **kwargs)
-            for attributes, name, *_, tensors in kept:
-                new = pytree.tree_leaves(attributes[name])
+            for path, tensors in states:
+                prefix, _, name = path.rpartition(".")
+                new = pytree.tree_leaves(vars(holder_of(module, prefix))[name])
                 _copy_all(zip(tensors, new, strict=True))
         finally:
-            for attributes, name, original, content, _ in kept:
+            for container, key, value in links:  # a step may have put another object there
+                if container[key] is not value:
+                    container[key] = value
+            for attributes, name, original, content in kept:
                 attributes[name] = _filled(original, content)
         return returned
 
     module.__dict__["forward"] = adapted
+
+
+def _links(module: nn.Module, path: str) -> list[tuple[Any, Any, Any]]:
+    """Where the objects on the way to an attribute are kept: a container, its key and the value."""
+    links: list[tuple[Any, Any, Any]] = []
+    holder: Any = module
+    for name in path.split("."):
+        if isinstance(holder, nn.Module) and name in holder._modules:
+            holder = holder._modules[name]
+            continue
+        in_order = isinstance(holder, list | tuple)
+        key: Any = int(name) if in_order else name
+        container = holder if in_order or isinstance(holder, dict) else vars(holder)
+        value = container[key]
+        if not isinstance(container, tuple):
+            links.append((container, key, value))
+        holder = value
+    return links
 
 
 def _filled(value: Any, content: Any) -> Any:

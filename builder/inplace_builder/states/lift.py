@@ -537,6 +537,11 @@ def _checked_state(state: StateTensor, new: Node, writer: FirstWriter | None) ->
             f"state {state.source} of {old_shape} becomes {new_shape}{line}: a state is updated in "
             f"its own memory, so it keeps its shape"
         )
+    if not state.dynamic_axes and not state.initial.numel():
+        raise BuildError(
+            f"state {state.source} of {old_shape} has no elements, and the module writes it{line}: "
+            f"leave it out"
+        )
     if not state.initial.is_contiguous():
         raise BuildError(
             f"state {state.source} of {old_shape} has strides {state.initial.stride()}, and the "

@@ -92,7 +92,7 @@ def tokens(*ids: int) -> NDArray[np.generic]:
             "'temprature' is unknown, did you mean 'temperature'\\? a step takes \\['sequence_key'",
         ),
         (tokens(1), {"n": 2}, "BAD_PARAMETER", "parameter 'n' is unknown; a step takes"),
-        (tokens(1), {"restore": "a"}, "BAD_PARAMETER", "is not available in this version"),
+        (tokens(1), {"restore": "a"}, "BAD_PARAMETER", "'restore' is 'a'; expected true or false"),
         (tokens(1), {"min_p": "1.1"}, "BAD_PARAMETER", "expected a number from 0 \\(all\\) to 1"),
         (
             tokens(1),

@@ -29,7 +29,7 @@ OPTIONS = BuildOptions(slots=3, max_rows=3, capacity=CAPACITY, chunk=CHUNK)
 PROMPTS = [random_prompt(1, 41), random_prompt(2, 3), random_prompt(3, 17)]
 """Longer than the windows, shorter, and between."""
 
-EACH = pytest.mark.parametrize("name", long_except(["gpt_oss", "mimo_v2_flash"], SINKS))
+EACH = pytest.mark.parametrize("name", long_except(["gpt_oss"], SINKS))
 
 
 def attentions(capture: Capture) -> list[Node]:

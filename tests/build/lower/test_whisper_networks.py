@@ -10,7 +10,7 @@ from inplace_builder.compare import fill_with_sentinel
 from support.program_networks import Networks
 from support.whisper import SECONDS, audio, extractor, generated, tiny_whisper
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_both_networks_give_the_tokens_of_generate() -> None:

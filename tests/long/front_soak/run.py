@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ def front_process(
             time.sleep(0.1)
         yield process, Front(port)
     finally:
-        process.kill()
-        process.wait()
+        with suppress(psutil.NoSuchProcess):  # it has ended, as it should
+            process.kill()
 
 
 def soak(folder: Path, *, bodies: int, seconds: float, clients: int, seed: int) -> Judgement:

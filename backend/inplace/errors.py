@@ -47,6 +47,13 @@ RESTORED = "the sequence was restored at position "
 """Begins the message of a `POSITION` error; the number follows."""
 
 
+def restored_position(message: str) -> int | None:
+    """The position in the message of an error with `RESTORED`; None in another one."""
+    _, found, rest = message.partition(RESTORED)
+    digits = rest.partition(",")[0]
+    return int(digits) if found and digits.isascii() and digits.isdigit() else None
+
+
 MAX_ID_BYTES, MAX_MESSAGE_BYTES = 1600, 4000
 """Bytes of an id and of the message in an error that a client receives. gRPC sends it as a header,
 and clients drop headers of more than 8 KB."""

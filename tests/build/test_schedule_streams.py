@@ -17,6 +17,7 @@ from inplace.runtime.schedules import ScheduledInstance, open_model
 from inplace.schema.served import Manifest
 from inplace.server.settings import Settings
 from inplace_builder import BuildOptions, write_engine
+from support.storing import memory_bucket, store_in
 from support.streaming import RecordingChannel, StreamClient, wait_until
 from support.transducing import GreedySearch, chunks
 from support.vocabulary import panicking, tiny_tokenizer
@@ -261,3 +262,48 @@ def served_with(call_rows: str) -> str:
             },
         }
     )
+
+
+def test_a_stream_goes_on_in_another_server_with_its_text(
+    folder: Path, parts: tuple[Encode, Decode]
+) -> None:
+    bucket, clients = memory_bucket(), []
+    for every in (1, None):
+        server = ScheduledInstance.open(folder)
+        store_in(server, bucket, every)
+        driver = StreamDriver(server, TokenizerConfig(tiny_tokenizer()), 4, engine_thread())
+        clients.append(StreamClient(driver))
+    first, second = clients
+    key: dict[str, Any] = {"sequence_key": "mine"}
+    search, stream, text, tokens = GreedySearch(*parts), chunks(5, 8), "", list[int]()
+
+    def feed(client: StreamClient, place: int, **parameters: Any) -> RecordingChannel:
+        start = place == 0 or "restore" in parameters
+        inputs = {"features": stream[place][None]}
+        request = Request("a", start, False, inputs, "r", {**key, **parameters})
+        return client.send(request, requested_outputs=OUTPUTS)
+
+    for place in range(8):
+        client = first if place < 3 else second
+        restore = {"restore": True, "position": place} if place == 3 else {}
+        if place == 3:  # between two requests, and before the next one of the first server
+            wait_until(lambda: _hands_over(first))
+        channel = feed(client, place, **restore)
+        expected = search.feed(stream[place])
+        assert channel.finish_reason == "done"
+        assert channel.tokens == expected
+        text, tokens = text + channel.text, tokens + expected
+    assert text == tiny_tokenizer().decode(tokens)
+    feed(first, 3).assert_refused(Code.SHUTDOWN, "was stored", retryable=True)
+    second.end("a", **key).wait()
+    for client in clients:
+        client.driver.close()
+        assert client.driver.instance.snapshots is not None
+        client.driver.instance.snapshots.close()
+    assert bucket.list() == []
+
+
+def _hands_over(client: StreamClient) -> bool:
+    """What the shutdown does again and again; whether it is done."""
+    client.driver.hand_over()
+    return not len(client.driver.instance.table)

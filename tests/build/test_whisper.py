@@ -22,6 +22,7 @@ from inplace_builder.capture.whisper import LogMel, load_extractor
 from inplace_builder.capture.whisper_rules import NO_TOKEN, Rules
 from support.engines import Engines
 from support.models import change_config
+from support.storing import memory_bucket, store_in
 from support.whisper import (
     IDS,
     RATE,
@@ -128,6 +129,25 @@ def test_windows_of_several_sequences_are_decoded_together(
     for number, answer in enumerate(driver.run([*first, *second])):
         samples = audio(number) if number < 3 else audio(12 - number, 0.5)
         assert tokens(answer) == expected(model, samples, CHOICES[1] if number < 3 else {})
+
+
+def test_a_sequence_that_was_stored_goes_on(
+    driver: StepDriver, model: WhisperForConditionalGeneration
+) -> None:
+    instance, bucket, key = driver.instance, memory_bucket(), {"sequence_key": "mine"}
+    store_in(instance, bucket)
+    driver.run([request(1, audio(0), key)])
+    driver.hand_over()
+    assert len(instance.table) == 0
+    for tensor in instance.arena.tensors.values():
+        tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+    restore: dict[str, Parameter] = {**key, "restore": True, "position": 1}
+    [answer] = driver.run([request(1, audio(1), restore)])
+    assert tokens(answer) == expected(model, audio(1), {})
+    driver.run([request(1, audio(2, 0.5), key, start=False, end=True)])
+    assert instance.snapshots is not None
+    instance.snapshots.close()
+    assert bucket.list() == []
 
 
 def test_the_text_is_that_of_the_tokens_without_timestamps(driver: StepDriver) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inplace.engines.arena import Arena
 from inplace.errors import Code, LoadError
 from inplace.schema.specs import Dtype, StateSpec, Update
 from inplace.snapshots import (
@@ -376,3 +377,17 @@ def test_a_secret_has_32_bytes(tmp_path: Path) -> None:
 def test_a_store_must_be_one_that_can_be_opened() -> None:
     with pytest.raises(LoadError, match=r"'nothing://x' cannot be opened"):
         open_bucket("nothing://x")
+
+
+def test_of_a_state_with_two_buffers_the_one_that_counts_is_stored() -> None:
+    spec = StateSpec(name="cell", shape=(2,), dtype=Dtype.FLOAT32, update=Update.REPLACE)
+    arena = Arena((spec,), 3, torch.device("cpu"))
+    before = arena.tensors["cell"]
+    arena.rebind("cell", torch.arange(6.0).view(3, 2))  # as a step of the kind `copy` does
+    saved = arena.save_used(1, 7)
+    assert saved["cell"].tolist() == [2.0, 3.0]
+    arena.restore_used(2, saved, 7)
+    assert arena.tensors["cell"][2].tolist() == [2.0, 3.0]
+    assert before.tolist() == [[0.0, 0.0]] * 3
+    arena.tensors["cell"][1] = 9.0
+    assert saved["cell"].tolist() == [2.0, 3.0]

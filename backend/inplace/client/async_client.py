@@ -392,8 +392,8 @@ class AsyncSequence:
             return
         server = self._client._servers.choose(avoid=self._server)
         if server != self._server:
-            self._tracker.replay_next()
-            self._tracker.needs_end = False
+            self._tracker.replay_next(restore=True)
+            self._tracker.needs_end = self._tracker.may_restore
             self._server = server
 
     async def _metadata(self) -> ModelMetadata:
@@ -407,10 +407,14 @@ class AsyncSequence:
         return keep_own_tokens(outputs, request.num_ids)
 
     async def _replay(
-        self, request: SequenceRequest, model: ModelMetadata, prefix: abc.Sequence[Segment] = ()
+        self,
+        request: SequenceRequest,
+        model: ModelMetadata,
+        prefix: abc.Sequence[Segment] = (),
+        num_fed: int = 0,
     ) -> InferRequest:
-        """Send what a new sequence needs before the request, and return the request itself."""
-        *before, last = self._tracker.infer_requests(request, model, prefix)
+        """Send what the sequence needs before the request, and return the request itself."""
+        *before, last = self._tracker.infer_requests(request, model, prefix, num_fed)
         for earlier in before:
             await self._exchange(earlier, model)
         return last
@@ -598,8 +602,8 @@ class AsyncGeneration:
         self._check_generates(model)
         try:
             if self._in_flight is None:
-                prefix, request = progress.begin()
-                self._in_flight = await sequence._replay(request, model, prefix)
+                prefix, request = progress.begin(restores=sequence._tracker.restores)
+                self._in_flight = await sequence._replay(request, model, prefix, progress.num_fed)
                 await sequence._send(self._in_flight, model)
             outputs = await sequence._receive(
                 self._in_flight, self.timeout, partial=progress.partial

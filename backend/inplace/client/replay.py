@@ -1,6 +1,7 @@
 """What a client keeps of sequences and generations, and how it restores them on another server."""
 
 import secrets
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -37,7 +38,7 @@ from inplace.client.requests import (
     encode_parameters,
     step_request,
 )
-from inplace.errors import Code
+from inplace.errors import Code, restored_position
 from inplace.parameters import GRAMMAR_PARAMETERS
 from inplace.protocol import (
     AUDIO,
@@ -52,6 +53,7 @@ from inplace.protocol import (
     NUM_GENERATED,
     POSITION,
     PROMPT_LOGPROBS,
+    RESTORE,
     REUSED_TOKENS,
     SEQUENCE_KEY,
     STOP,
@@ -61,6 +63,16 @@ from inplace.protocol import (
 
 INVALID_POSITION = 1 << 62
 """A position above every capacity."""
+
+
+RECENT_POSITIONS = 8
+"""Positions whose requests are kept beside those that a snapshot may lack."""
+
+
+NOT_RESTORED = frozenset(
+    {Code.NO_SNAPSHOT, Code.BAD_SNAPSHOT, Code.POSITION, Code.BAD_PARAMETER, Code.SEQUENCE_KEY}
+)
+"""Codes of servers that cannot restore a sequence."""
 
 
 COUNT_GENERATED = GRAMMAR_PARAMETERS | {"presence_penalty", "frequency_penalty"}
@@ -78,6 +90,10 @@ class SequenceTracker:
     expects the sequence. A step without an answer is sent again with START, key and position; the
     backend runs it as a step of the live sequence if that is at this position. If it is not,
     everything sent so far is sent again from the beginning: tokens as one prompt.
+
+    Where the servers store sequences, a sequence that is lost is restored first: the same request
+    with ``restore``. If it was stored at an earlier position, what comes after that is sent again.
+    Only if no server has stored it, everything is sent again.
 
     Args:
         sequence_id: the correlation id; a random one if None.
@@ -109,6 +125,7 @@ class SequenceTracker:
         self._route = self.sequence_id
         self.length: int | None = 0
         self._fixed_key, self._replay = key, replay
+        self._stores = False  # as far as is known
         self._last_inputs: dict[str, Array] = {}
         self._num_changes = 0  # how often the server's state may have changed
         self.reset()
@@ -122,6 +139,9 @@ class SequenceTracker:
         self._source: tuple[SequenceTracker, int] | None = None
         self._cache_salt: ParameterArgument | None = None  # of the START, also of a replay's
         self._history: list[Segment] | None = [] if self._replay else None
+        self._restoring = False  # the next request asks for a snapshot
+        self._restored_at: int | None = None  # the position of one that was restored
+        self._recent: deque[tuple[int, SequenceRequest]] = deque()  # without history, by position
 
     def fork(self, sequence_id: int | str | None) -> "SequenceTracker":
         """The tracker of a copy of this sequence, whose first request lets the server copy it.
@@ -158,7 +178,12 @@ class SequenceTracker:
     def movable(self) -> bool:
         """Whether another server can take the sequence over."""
         has_state = self.live or self._source is not None
-        return not has_state or self._history is not None
+        return not has_state or self._history is not None or self.may_restore
+
+    @property
+    def may_restore(self) -> bool:
+        """Whether a server may have stored the sequence."""
+        return self._stores and bool(self.key) and self._source is None
 
     @property
     def _no_replay_reason(self) -> str:
@@ -168,8 +193,17 @@ class SequenceTracker:
             else "replay is off"
         )
 
+    @property
+    def restores(self) -> bool:
+        """Whether the next request asks for a snapshot, or goes on with a restored sequence."""
+        return self._restoring or self._restored_at is not None
+
     def infer_requests(
-        self, request: SequenceRequest, model: ModelMetadata, prefix: Sequence[Segment] = ()
+        self,
+        request: SequenceRequest,
+        model: ModelMetadata,
+        prefix: Sequence[Segment] = (),
+        num_fed: int = 0,
     ) -> list[InferRequest]:
         """The requests to send now, in order; the last one's answer is the answer to ``request``.
 
@@ -177,11 +211,26 @@ class SequenceTracker:
             request: what the caller asked for.
             model: the model.
             prefix: what a new sequence needs before ``request`` and after the history.
+            num_fed: how many of its tokens a server had before, if it goes on with a generation.
 
         Raises:
             SequenceLostError: it should begin as a copy of a sequence that is not as it was, and
                 there is no history.
         """
+        if self._restored_at is not None:
+            if (missing := self._missing(request, model, self._restored_at, num_fed)) is not None:
+                return missing
+            if self._history is None:
+                raise self._lost_error(
+                    f"it was restored at position {self._restored_at}, and what comes after that"
+                    " was not kept"
+                )
+            self._restoring, self._restored_at, self.live = False, None, False
+        if self._restoring:
+            asked = None if prefix else self._restore_request(request, model, num_fed)
+            if asked is not None:
+                return [asked]
+            self._restoring = False
         if self.live:
             resume = self._unanswered and bool(self.key and self.length)
             return [self._infer_request(request, model, self.length, start=resume)]
@@ -202,10 +251,61 @@ class SequenceTracker:
             position = _next_position(position, part, model)
         return requests
 
+    def _restore_request(
+        self, request: SequenceRequest, model: ModelMetadata, num_fed: int
+    ) -> InferRequest | None:
+        """The request that lets a server restore the sequence; None if it cannot be named."""
+        if not model.stores or not self.may_restore or self.length is None:
+            return None
+        position = self.length + num_fed
+        if not position or (num_fed and INPUT_IDS not in request.inputs):
+            return None
+        if num_fed:
+            request = request.without_first(num_fed)
+        asking = replace(request, parameters={**request.parameters, RESTORE: True})
+        return self._infer_request(asking, model, position, start=True)
+
+    def _missing(
+        self, request: SequenceRequest, model: ModelMetadata, restored_at: int, num_fed: int
+    ) -> list[InferRequest] | None:
+        """The requests that a sequence lacks which was restored at an earlier position.
+
+        Returns:
+            The last one is ``request``; None if that is not known.
+        """
+        if self.length is None or restored_at > self.length + num_fed:
+            return None
+        history = self._history
+        if history is not None and INPUT_IDS in request.inputs:
+            if any(isinstance(segment, str) for segment in history):
+                return None
+            tokens = [token for segment in history for token in segment]
+            if len(tokens) != self.length:
+                return None
+            whole = request.with_prefix(cast(list[int], tokens))
+            rest = whole.without_first(restored_at)
+            return [self._infer_request(rest, model, restored_at, start=False)]
+        position, requests = restored_at, list[InferRequest]()
+        for at, recent in self._recent:
+            if at == position:
+                requests.append(self._infer_request(recent, model, at, start=False))
+                position += model.num_positions(recent.inputs)
+        if position != self.length:
+            return None
+        return [*requests, self._infer_request(request, model, position, start=False)]
+
+    def _keep_recent(self, position: int, request: SequenceRequest, model: ModelMetadata) -> None:
+        """Keep a request that was answered, as long as a snapshot may be older than it."""
+        self._recent.append((position, replace(request, request_id="")))
+        oldest = position - 2 * model.snapshot_every - RECENT_POSITIONS
+        while self._recent[0][0] < oldest:
+            self._recent.popleft()
+
     def sending(self, request: InferRequest, model: ModelMetadata) -> None:
         """Record that a request is about to be sent."""
         self.needs_end = True
         self._num_changes += 1
+        self._stores = model.stores
         self._last_inputs = {
             name: array[:1] if name in model.token_inputs else array
             for name, array in request.inputs.items()
@@ -224,13 +324,17 @@ class SequenceTracker:
             generated: the tokens of a generation, which are part of the sequence now.
         """
         position = self.length
-        if not self.live and self._source is None:
+        if not self.live and self._source is None and not self._restoring:
             history = self._extended_history()
             unknown = any(isinstance(segment, str) for segment in history)
             position = None if unknown else sum(map(len, history))
+        unreplayable = request.segment is None or self._history is None
+        if unreplayable and self._replay and self.may_restore and position is not None:
+            self._keep_recent(position, request, model)
         position = _next_position(position, request, model)
         self.length = None if position is None else position + len(generated)
         self.live, self._unanswered, self._source = True, False, None
+        self._restoring, self._restored_at = False, None
         if request.end:
             self.reset()
         elif self._history is not None:
@@ -255,6 +359,9 @@ class SequenceTracker:
             The error to raise; ``retryable`` where the same request may succeed if it is sent
             again.
         """
+        is_answer = error.from_backend and not isinstance(error, UnreachableError)
+        if request.restores and is_answer and not partial:
+            return self._not_restored(error)
         unreachable = isinstance(error, UnreachableError)
         unknown = isinstance(error, SequenceLostError)
         # a generation may have run further than its responses show; a backend that answers is being
@@ -266,6 +373,7 @@ class SequenceTracker:
             self._unanswered = error.retryable = True
         elif (
             unknown
+            or error.code == Code.FENCED
             or gone
             or (partial and error.retryable)
             or (self._unanswered and error.code == Code.POSITION)
@@ -296,26 +404,49 @@ class SequenceTracker:
         """The error to raise for a sequence that is lost: retryable if it can be replayed."""
         if not self.movable:
             return error.as_sequence_lost(self._no_replay_reason)
-        self.replay_next()
+        self.replay_next(restore=True)
         error.retryable = True
         return error
 
-    def replay_next(self) -> None:
+    def _not_restored(self, error: ClientError) -> ClientError:
+        """Update the state after a request that asked for a snapshot was refused."""
+        if error.code == Code.POSITION:
+            self._restored_at = restored_position(error.reason)
+        if self._restored_at is not None:
+            self.live, self.needs_end, error.retryable = True, True, True
+        elif error.code in NOT_RESTORED:
+            self._restoring = False
+            if self._history is None:
+                return error.as_sequence_lost(
+                    f"no server has stored it, and {self._no_replay_reason}"
+                )
+            self.replay_next()
+            error.retryable = True
+        return error
+
+    def replay_next(self, *, restore: bool = False) -> None:
         """Let the next request replay the sequence, where there is a history.
 
         Without one it is sent as if the sequence were live, so that the server's own error is
         raised.
+
+        Args:
+            restore: let the server restore it first, if servers store sequences.
         """
-        if self._history is not None:
+        self._restored_at, self._restoring = None, restore and self.may_restore
+        if self._history is not None or self._restoring:
             self.live = self._unanswered = False
             self._source = None
 
     def _source_lost(self) -> SequenceLostError:
         """The error of a copy whose source has changed, where nothing was kept to replay."""
-        text = (
+        return self._lost_error(
             "the sequence to copy has had another request, or has ended, and it cannot be replayed:"
             f" {self._no_replay_reason}; send the first request of a copy before that"
         )
+
+    def _lost_error(self, text: str) -> SequenceLostError:
+        """The error of a sequence that is lost without a server's saying so."""
         return SequenceLostError(
             InferenceServerException(text),
             code=Code.UNKNOWN_SEQUENCE,
@@ -358,7 +489,8 @@ class SequenceTracker:
             own[POSITION] = position
         if self._group and MAX_TOKENS in request.parameters:
             own[GROUP] = self._group
-        if start and self._cache_salt is not None and FROM not in request.parameters:
+        is_own = not {FROM, RESTORE} & request.parameters.keys()
+        if start and self._cache_salt is not None and is_own:
             own |= encode_parameters({CACHE_SALT: self._cache_salt})
         made = InferRequest(
             sequence_id=self.sequence_id,
@@ -463,9 +595,27 @@ class GenerationProgress:
         # number of tokens and text where a prompt may end, now and after one more token with a text
         self._checkpoint = self._next_checkpoint = (0, "")
 
-    def begin(self) -> tuple[list[Segment], SequenceRequest]:
-        """The request for the generation or its rest, and what a new sequence needs before it."""
+    @property
+    def num_fed(self) -> int:
+        """How many tokens of the request in flight a server had before: with generated ones, all.
+
+        0 if it has no generated ones.
+        """
+        if not self._num_prompted or TEXT in self.request.inputs:
+            return 0
+        return (self.request.num_ids or 0) + self._num_prompted
+
+    def begin(self, *, restores: bool = False) -> tuple[list[Segment], SequenceRequest]:
+        """The request for the generation or its rest, and what a new sequence needs before it.
+
+        Args:
+            restores: the sequence may be restored: the request has all tokens so far, where no text
+                says where it may end.
+        """
         self._num_prompted, self._prompted_text = self._checkpoint
+        has_text = TEXT_OUTPUT in self.request.outputs or TEXT in self.request.inputs
+        if restores and not has_text and len(self.tokens) < self._max_tokens:
+            self._num_prompted = len(self.tokens)
         self._num_returned, self._returned_text = 0, ""
         request, prompted = self.request, self.tokens[: self._num_prompted]
         if not prompted:

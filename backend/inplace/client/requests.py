@@ -38,7 +38,10 @@ from inplace.protocol import (
     PREFIX_REUSE,
     PROMPT_LOGPROBS,
     REQUESTS,
+    RESTORE,
     REUSED_TOKENS,
+    SNAPSHOT_EVERY,
+    SNAPSHOT_STORE,
     STOP,
     STOP_TOKEN_IDS,
     TEXT,
@@ -151,6 +154,8 @@ class ModelMetadata:
         step_outputs: the outputs of a step that names none: all that need no asking.
         streams_steps: a step may have several responses; the last one has a ``finish_reason``.
         reuses_prefixes: prompts use what earlier ones have computed.
+        stores: the servers store sequences that have a key, for another server to go on with.
+        snapshot_every: positions after which a living sequence is stored again; 0 if it is not.
     """
 
     decoupled: bool
@@ -159,6 +164,8 @@ class ModelMetadata:
     step_outputs: tuple[str, ...] = ()
     streams_steps: bool = False
     reuses_prefixes: bool = False
+    stores: bool = False
+    snapshot_every: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "ModelMetadata":
@@ -167,6 +174,7 @@ class ModelMetadata:
         counts_requests = (
             POSITIONS in config.parameters and config.parameters[POSITIONS].string_value == REQUESTS
         )
+        every = _text(config, SNAPSHOT_EVERY)
         names = [tensor.name for tensor in config.output]
         streams_steps = decoupled and counts_requests and FINISH_REASON in names
         generates = decoupled and not streams_steps
@@ -186,6 +194,8 @@ class ModelMetadata:
             and REUSED_TOKENS in names
             and PREFIX_REUSE in config.parameters
             and config.parameters[PREFIX_REUSE].string_value == "on",
+            stores=bool(_text(config, SNAPSHOT_STORE)),
+            snapshot_every=int(every) if every.isascii() and every.isdigit() else 0,
         )
 
     def num_positions(self, inputs: Mapping[str, Array]) -> int:
@@ -193,6 +203,11 @@ class ModelMetadata:
         return next(
             (array.shape[0] for name, array in inputs.items() if name in self.token_inputs), 1
         )
+
+
+def _text(config: Any, name: str) -> str:
+    """A parameter of a ModelConfig message; empty without it."""
+    return config.parameters[name].string_value if name in config.parameters else ""
 
 
 Segment = list[int] | str
@@ -256,6 +271,10 @@ class SequenceRequest:
     def with_prefix(self, tokens: Sequence[int]) -> "SequenceRequest":
         """The same request with tokens before its own."""
         return self._with_tokens([*tokens, *self.inputs[INPUT_IDS]])
+
+    def without_first(self, count: int) -> "SequenceRequest":
+        """The same request without so many of its tokens."""
+        return self._with_tokens([*self.inputs[INPUT_IDS][count:]])
 
     def with_suffix(self, tokens: Sequence[int]) -> "SequenceRequest":
         """The same request with tokens after its own."""
@@ -342,6 +361,11 @@ class InferRequest:
     def generates(self) -> bool:
         """Whether it is a generation, with a stream of responses."""
         return MAX_TOKENS in self.parameters
+
+    @property
+    def restores(self) -> bool:
+        """Whether the server is asked to restore the sequence, if it is not live there."""
+        return RESTORE in self.parameters
 
     @property
     def headers(self) -> dict[str, str]:

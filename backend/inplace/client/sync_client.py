@@ -391,8 +391,8 @@ class Sequence:
             return
         server = self._client._servers.choose(avoid=self._server)
         if server != self._server:
-            self._tracker.replay_next()
-            self._tracker.needs_end = False
+            self._tracker.replay_next(restore=True)
+            self._tracker.needs_end = self._tracker.may_restore
             self._server = server
 
     def _metadata(self) -> ModelMetadata:
@@ -406,10 +406,14 @@ class Sequence:
         return keep_own_tokens(outputs, request.num_ids)
 
     def _replay(
-        self, request: SequenceRequest, model: ModelMetadata, prefix: abc.Sequence[Segment] = ()
+        self,
+        request: SequenceRequest,
+        model: ModelMetadata,
+        prefix: abc.Sequence[Segment] = (),
+        num_fed: int = 0,
     ) -> InferRequest:
-        """Send what a new sequence needs before the request, and return the request itself."""
-        *before, last = self._tracker.infer_requests(request, model, prefix)
+        """Send what the sequence needs before the request, and return the request itself."""
+        *before, last = self._tracker.infer_requests(request, model, prefix, num_fed)
         for earlier in before:
             self._exchange(earlier, model)
         return last
@@ -597,8 +601,8 @@ class Generation:
         self._check_generates(model)
         try:
             if self._in_flight is None:
-                prefix, request = progress.begin()
-                self._in_flight = sequence._replay(request, model, prefix)
+                prefix, request = progress.begin(restores=sequence._tracker.restores)
+                self._in_flight = sequence._replay(request, model, prefix, progress.num_fed)
                 sequence._send(self._in_flight, model)
             outputs = sequence._receive(self._in_flight, self.timeout, partial=progress.partial)
             piece = progress.add_response(outputs)

@@ -81,8 +81,11 @@ class StreamRequest:
         if self.restored is None:
             return
         request = self.validated.request
+        # The future's callback has this request: without the cycle it is freed with its answer,
+        # which a server that stops waits for.
+        future, self.restored = self.restored, None
         try:
-            request = replace(request, restored=self.restored.result())
+            request = replace(request, restored=future.result())
             self.validated = replace(self.validated, request=request)
         except SnapshotError as error:
             self.validated = replace(self.validated, refusal=error.as_refusal())

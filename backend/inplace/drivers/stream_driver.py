@@ -219,9 +219,6 @@ class EngineLoop:
         """Call a function on the loop's thread, between two steps. Thread-safe."""
         self._inbox.put(function)
 
-    def _call_later(self, function: Callable[[], None], _: object) -> None:
-        self.call(function)
-
     def close(self, error: RequestError) -> None:
         """Stop the loop and answer every request that has no final response with this error."""
         self._inbox.put(None)
@@ -399,6 +396,8 @@ class EngineLoop:
         """Let the sequence of a START be read from the store, if it asks for it and is not live."""
         snapshots, asked = self._snapshots, request.request
         if snapshots is None or request.restored is not None or not asked.asks_to_restore:
+            return
+        if asked.restored is not None:
             return
         if request.validated.refusal is not None or request.key_digest is None or asked.offered:
             return
@@ -756,11 +755,21 @@ class EngineLoop:
                 self._stop_generation(running)
             sequence.busy = True
             self._leaving[sequence.id] = result
-            finish = partial(self._handed_over, sequence, running, result)
             if wait:
-                finish()
+                self._handed_over(sequence, running, was_stored=result.result())
             else:
-                result.add_done_callback(partial(self._call_later, finish))
+                result.add_done_callback(partial(self._hand_over_later, sequence, running))
+
+    def _hand_over_later(
+        self, sequence: SequenceState, running: StreamRequest | None, result: Future[bool]
+    ) -> None:
+        """Let the loop end a sequence that was stored, or could not be. On any thread.
+
+        Nothing that the future has refers to it: such a cycle would keep the request, for which a
+        server that stops waits, until garbage is collected.
+        """
+        was_stored = result.result()
+        self.call(partial(self._handed_over, sequence, running, was_stored=was_stored))
 
     @staticmethod
     def _may_leave(running: StreamRequest | None) -> bool:
@@ -783,12 +792,12 @@ class EngineLoop:
         self._masks.discard(request)
 
     def _handed_over(
-        self, sequence: SequenceState, running: StreamRequest | None, result: Future[bool]
+        self, sequence: SequenceState, running: StreamRequest | None, *, was_stored: bool
     ) -> None:
         """A sequence was stored, or could not be: end it, and answer its requests."""
         self._leaving.pop(sequence.id, None)
         sequence.busy = False
-        table, was_stored = self._instance.table, result.result()
+        table = self._instance.table
         if table.get(sequence.id) is sequence:
             if was_stored:
                 table.leave(sequence, EndReason.SHUTDOWN, stored())

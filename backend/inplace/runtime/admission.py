@@ -317,6 +317,7 @@ class Admission:
         known = min(len(sequence.token_ids), sequence.position - 1)
         if self._appends_only and position is not None and 0 < position <= known:
             self._cut_back(sequence, position, pending=not validated.num_tokens)
+            restored.lease.stored_at = position
         return replace(request, start=False)
 
     def _cut_back(self, sequence: SequenceState, position: int, *, pending: bool) -> None:

@@ -266,7 +266,8 @@ class SlotTable:
         if sequence is not None:
             return sequence
         if (error := self._left.get(id)) is not None:
-            raise error
+            # A new one: the traceback of one that is kept would keep the request.
+            raise RequestError(error.code, str(error), retryable=error.retryable)
         if (idle := self._reclaimed.get(id)) is not None:
             reason = (
                 f"it was idle for {idle:.0f} s and its slot was reclaimed"

@@ -6,6 +6,8 @@ quick, and a subcommand whose packages are not installed names the extra that br
 
 import contextlib
 import signal
+import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -391,7 +393,7 @@ def serve(
             trust_models=trust_models,
             start_timeout=start_timeout,
         )
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        interrupted = _interrupts()
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.suppress(KeyboardInterrupt))
             stack.enter_context(server)
@@ -413,7 +415,7 @@ def serve(
                 )
                 stack.enter_context(front)
                 console.print(f"OpenAI's protocol: {front.options.url}/v1", soft_wrap=True)
-            _wait(server, front)
+            _wait(server, front, interrupted)
 
 
 def _build_options(
@@ -454,14 +456,35 @@ def _built(model: Path, cache: Path | None, options: "BuildOptions") -> Path:
     return folder.parent
 
 
-def _wait(server: "TritonServer", front: "FrontProcess | None") -> None:
+def _interrupts() -> threading.Event:
+    """Interrupt this process at SIGINT and SIGTERM; set from the first signal on.
+
+    Python drops the exception of a signal that arrives in a callback or a destructor.
+    """
+    interrupted = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    return interrupted
+
+
+def _wait(
+    server: "TritonServer", front: "FrontProcess | None", interrupted: threading.Event
+) -> None:
     """Wait until a server ends, or until this process is interrupted; then stop it.
 
     The front end is stopped first: its requests may still finish.
     """
     assert server.process is not None
     try:
-        raise SystemExit(server.process.wait())
+        while not interrupted.is_set():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                raise SystemExit(server.process.wait(0.5))
+        raise KeyboardInterrupt
     except KeyboardInterrupt:
         console.print(
             f"stopping: running requests may finish for {server.exit_timeout:g} s; "

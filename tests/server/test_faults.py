@@ -138,7 +138,7 @@ def test_a_killed_stub_leaves_its_model_ready_and_dead_until_it_is_unloaded_and_
     assert "Stub process 'doomed_0_0' is not healthy" in str(
         add(client, "doomed", 7, 1.0, start=True)
     )
-    assert client.is_server_ready()
+    assert client.is_server_live()
     assert client.is_model_ready("doomed")
     assert stubs(controlled, "doomed") == []
     assert add(client, "spare", 6, 1.0, end=True) == (2.0, 2)  # other models are unharmed

@@ -1,7 +1,7 @@
 """The parameter ``sequence_key``: only its owner changes a sequence, or continues it with START."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from inplace.drivers.step_driver import StepDriver
@@ -46,7 +46,7 @@ def test_without_the_key_every_request_is_refused_and_changes_nothing(
     before, steps, sequence = (
         arena_bytes(owned),
         len(engine_of(owned).slots),
-        replace(owned.instance.table.find(1)),
+        asdict(owned.instance.table.find(1)),
     )
     for ids in ([7], INVALID_TOKENS):  # the key is checked first
         answer = run_one(owned, step_request(1, ids, start=start, end=end, **parameters))
@@ -60,7 +60,7 @@ def test_without_the_key_every_request_is_refused_and_changes_nothing(
         assert "mine" not in str(answer)
     assert same_bytes(arena_bytes(owned), before)
     assert len(engine_of(owned).slots) == steps
-    assert owned.instance.table.find(1) == sequence
+    assert asdict(owned.instance.table.find(1)) == sequence
     assert owned.instance.table.num_free == SLOTS - 1
     assert next_token(
         run_one(owned, step_request(1, [7], position=5, sequence_key="mine"))

@@ -13,7 +13,7 @@ from support.containers import FrontContainer, ServerContainer
 from support.fronts import Front
 from support.served import MODEL
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 
 class Secret:

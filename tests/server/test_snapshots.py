@@ -93,7 +93,7 @@ class Pair:
     def start(self, index: int) -> TritonServer:
         log = self.log.with_name(f"server{index}-{time.monotonic_ns()}.log")
         server = TritonServer(
-            self.models, self.ports[index], log=log, arguments=["--exit-timeout-secs=10"]
+            self.models, self.ports[index], log=log, arguments=["--exit-timeout-secs=30"]
         )
         server.start()
         self.running.append(server)

@@ -116,7 +116,7 @@ def test_values_of_another_width(dim: int, value_dim: int, rows: list[Row]) -> N
 
 
 @STEPS
-@pytest.mark.parametrize("options", long_except(OPTIONS[1::3], OPTIONS))
+@pytest.mark.parametrize("options", long_except(OPTIONS[1::6], OPTIONS))
 def test_options_of_the_mask_and_of_the_scores(options: dict[str, Any], rows: list[Row]) -> None:
     plain = AttentionCase(spec(), rows).check()
     changed = AttentionCase(spec(**options), rows).check()
@@ -431,7 +431,7 @@ def _id(value: object) -> str:
     return f"{value.inputs}x{value.outputs}" if isinstance(value, LinearSpec) else str(value)
 
 
-@pytest.mark.parametrize(("spec", "tokens", "blocks"), long_except(LAYERS[::3], LAYERS), ids=_id)
+@pytest.mark.parametrize(("spec", "tokens", "blocks"), long_except(LAYERS[::9], LAYERS), ids=_id)
 def test_a_linear_layer_of_few_rows(
     spec: LinearSpec, tokens: int, blocks: LinearBlocks | None
 ) -> None:

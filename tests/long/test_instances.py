@@ -6,7 +6,6 @@ what the sequence says alone.
 
 import random
 import signal
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from support.faults import Answer, Stream, add, eventually, idle_after, kill, st
 from support.generating import ENDLESS, GrpcStream, long_stream
 from support.instances import NO_FREE_SLOT, play
 from support.models import accumulator, greedy
-from support.observed import LABEL, SAMPLE
+from support.observed import by_instance
 from support.pool import Deployment, ServerPool
 from support.streams import prompt
 from transformers import LlamaForCausalLM
@@ -54,15 +53,7 @@ class Served:
 
     def metric(self, model: str, name: str) -> dict[str, float]:
         """By instance."""
-        url = f"http://127.0.0.1:{self.server.ports.metrics}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as page:
-            samples = SAMPLE.findall(page.read().decode())
-        found: dict[str, float] = {}
-        for each, text, value in samples:
-            labels = dict(LABEL.findall(text))
-            if each == name and labels["model"] == model:
-                found[labels["instance"]] = found.get(labels["instance"], 0.0) + float(value)
-        return found
+        return by_instance(self.server, model, name)
 
 
 @pytest.fixture(scope="module")

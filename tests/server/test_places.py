@@ -27,7 +27,7 @@ from support.faults import Answer, Stream, add, eventually, kill
 from support.generating import ENDLESS, PROMPT, GrpcStream, long_stream
 from support.long import long_except
 from support.models import accumulator
-from support.observed import LABEL, SAMPLE
+from support.observed import samples
 from support.pool import Deployment, ServerPool, reconfigure, warmed
 from tritonclient.grpc import InferenceServerClient, service_pb2, service_pb2_grpc
 from tritonclient.grpc import model_config_pb2 as pb
@@ -53,15 +53,10 @@ class Storm:
 
     def total(self, metric: str, model: str = "") -> float:
         """The sum over the instances of one model, or of all."""
-        url = f"http://127.0.0.1:{self.server.ports.metrics}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            page = answer.read().decode()
         return sum(
-            float(value)
-            for name, labels, value in SAMPLE.findall(page)
-            if name == metric
-            and dict(LABEL.findall(labels))["model"]
-            == (model or dict(LABEL.findall(labels))["model"])
+            value
+            for name, labels, value in samples(self.server)
+            if name == metric and model in ("", labels["model"])
         )
 
     def no_place_open(self, model: str) -> bool:

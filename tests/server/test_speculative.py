@@ -1,7 +1,6 @@
 """Speculative decoding as the command line builds it, on a real tritonserver."""
 
 import re
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from inplace_builder.__main__ import app
 from support.engines import Engines
 from support.faults import eventually
 from support.models import greedy
+from support.observed import samples
 from support.pool import Deployment, ServerPool
 from support.served import Served, Stream
 from support.streams import prompt
@@ -48,14 +48,15 @@ def test_tokens_and_text_are_those_of_the_model(drafted: Served, built: Path) ->
         answer = stream.ask("a", ids, end=True, max_tokens=40, ignore_eos=True)
     assert (answer.tokens, answer.reason, answer.error) == (expected, "length", "")
     assert answer.text == added(ids, expected)
-    port = drafted.server.ports.metrics
 
     def drafts_are_counted() -> bool:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-            text = page.read().decode()
-        counts = re.findall(rf"inplace_draft_tokens_total\{{.*{MODEL}.*\}} (\d+)", text)
+        counts = [
+            value
+            for name, labels, value in samples(drafted.server)
+            if name == "inplace_draft_tokens_total" and labels["model"] == MODEL
+        ]
         assert len(counts) == 2, "accepted and rejected ones"
-        return sum(map(int, counts)) >= 39 / 4 * 3
+        return sum(counts) >= 39 / 4 * 3
 
     eventually(drafts_are_counted, "metrics have the drafted tokens", 10.0)
     manifest = Manifest.load(built / "1")

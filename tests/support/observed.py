@@ -52,6 +52,24 @@ def failing() -> Capture:
     )
 
 
+def samples(server: TritonServer) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, labels and value of each time series in a server's metrics."""
+    url = f"http://127.0.0.1:{server.ports.metrics}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        page = answer.read().decode()
+    for name, written, value in SAMPLE.findall(page):
+        yield name, dict(LABEL.findall(written)), float(value)
+
+
+def by_instance(server: TritonServer, model: str, metric: str) -> dict[str, float]:
+    """A metric of a model, by the name of the instance; of several labels the sum."""
+    sums: dict[str, float] = {}
+    for name, labels, value in samples(server):
+        if name == metric and labels.get("model") == model:
+            sums[labels["instance"]] = sums.get(labels["instance"], 0.0) + value
+    return sums
+
+
 @dataclass
 class Observed:
     """A server whose metrics and log are read; its models are these tests' own."""
@@ -60,18 +78,10 @@ class Observed:
     client: InferenceServerClient
     repository: Path
 
-    def page(self) -> str:
-        with urllib.request.urlopen(
-            f"http://127.0.0.1:{self.server.ports.metrics}/metrics", timeout=10
-        ) as answer:
-            text: str = answer.read().decode()
-        return text
-
     def samples(self, model: str) -> Iterator[tuple[str, dict[str, str], float]]:
-        for name, written, value in SAMPLE.findall(self.page()):
-            labels = dict(LABEL.findall(written))
-            if labels["model"] == model:
-                yield name, labels, float(value)
+        for name, labels, value in samples(self.server):
+            if labels.get("model") == model:
+                yield name, labels, value
 
     def numbers(self, model: str, instance: str = "_0_0") -> Found:
         own = {metric.name: metric.label for metric in exported_metrics()}

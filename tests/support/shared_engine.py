@@ -1,6 +1,5 @@
 """Models whose instances share the engine of the first."""
 
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from support.engines import Engines
 from support.faults import idle_after
 from support.generating import long_stream
 from support.models import accumulator
-from support.observed import LABEL, SAMPLE
+from support.observed import by_instance
 from support.pool import Deployment, ServerPool
 
 SLOTS = 4
@@ -32,15 +31,8 @@ class Shared:
     llama: LlamaForCausalLM
 
     def sums(self, model: str, name: str) -> list[float]:
-        """A metric by instance, in the order of their names; of several labels the sum."""
-        url = f"http://127.0.0.1:{self.server.ports.metrics}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as page:
-            samples = SAMPLE.findall(page.read().decode())
-        sums: dict[str, float] = {}
-        for each, text, value in samples:
-            labels = dict(LABEL.findall(text))
-            if each == name and labels["model"] == model:
-                sums[labels["instance"]] = sums.get(labels["instance"], 0.0) + float(value)
+        """A metric, in the order of the instances' names; of several labels the sum."""
+        sums = by_instance(self.server, model, name)
         return [sums[instance] for instance in sorted(sums)]
 
 

@@ -110,11 +110,13 @@ def _load(args: dict[str, str]) -> LoadedModel:
         prompt_logprobs=manifest.prompt_program is not None,
     )
     check_model_config(json.loads(args["model_config"]), tensors, settings.idle_timeout)
+    has_texts = streams or (manifest.is_scheduled and manifest.has_file(TOKENIZER_NAME))
+    if has_texts:
+        check_numpy(Path("/proc/self/exe"), np.__version__)
     several = num_instances(args["model_config"]) > 1
     digest = manifest.model_dump_json()
     owner = engine_owner(args["model_instance_name"]) if several and settings.share_engine else ""
     if owner not in ("", args["model_instance_name"]):
-        check_numpy(Path("/proc/self/exe"), np.__version__)
         return _RelayedModel(
             args, settings, Address.of({**args, "model_instance_name": owner}, digest)
         )
@@ -133,8 +135,7 @@ def _load(args: dict[str, str]) -> LoadedModel:
         loop_calls=settings.loop_calls,
     )
     tokenizer = None
-    if streams or (manifest.is_scheduled and manifest.has_file(TOKENIZER_NAME)):
-        check_numpy(Path("/proc/self/exe"), np.__version__)
+    if has_texts:
         tokenizer = load_tokenizer(EngineFolder(folder), manifest)
     if streams:
         thread = engine_thread()
@@ -203,7 +204,7 @@ def _start_reports(observer: Observer, settings: Settings, args: dict[str, str])
     return TritonMetrics(observer.metrics, args)
 
 
-class _Batches:
+class _StepRequests:
     """Passes the requests of a step model on, and answers them before it returns.
 
     Args:
@@ -254,7 +255,7 @@ class _Batches:
         )
 
 
-class _Arrivals:
+class _StreamRequests:
     """Passes the requests of a stream model on; other threads answer them.
 
     Args:
@@ -323,16 +324,16 @@ class _EngineModel:
         self._driver, self._metrics, self._places = driver, metrics, places
         self._router = router
         observer = driver.instance.observer
-        self._calls: _Batches | _Arrivals
+        self._requests: _StepRequests | _StreamRequests
         if isinstance(driver, StepDriver):
             run = router.run if isinstance(router, StepRouter) else driver.run
-            self._calls = _Batches(run, places, observer)
+            self._requests = _StepRequests(run, places, observer)
         else:
             submit = router.submit if isinstance(router, StreamRouter) else driver.submit
-            self._calls = _Arrivals(submit, places, observer)
+            self._requests = _StreamRequests(submit, places, observer)
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        return self._calls.execute(requests)
+        return self._requests.execute(requests)
 
     def close(self) -> None:
         instance = self._driver.instance
@@ -360,21 +361,21 @@ class _RelayedModel:
         observer = Observer()
         self._metrics = _start_reports(observer, settings, args)
         self._relay: StepRelay | StreamRelay
-        self._calls: _Batches | _Arrivals
+        self._requests: _StepRequests | _StreamRequests
         if settings.serve == "stream":
             streams = self._relay = StreamRelay(owner, observer)
             places = ModelPlaces(args, streams, observer)
-            self._calls = _Arrivals(streams.submit, places, observer)
+            self._requests = _StreamRequests(streams.submit, places, observer)
         else:
             steps = self._relay = StepRelay(owner, observer)
             places = ModelPlaces(args, steps, observer)
-            self._calls = _Batches(steps.run, places, observer)
+            self._requests = _StepRequests(steps.run, places, observer)
         self._places = places
         self._relay.start(places)
         log.info(log_line("ready", engine=engine_owner(args["model_instance_name"])))
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        return self._calls.execute(requests)
+        return self._requests.execute(requests)
 
     def close(self) -> None:
         self._places.close()

@@ -1,15 +1,102 @@
-"""Channels of requests that another instance of the model answers."""
+"""What another instance of the model answers: routes of sequences, and channels of requests."""
 
 import logging
 import queue
 import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
+from inplace.drivers import Arrival
 from inplace.drivers.reply import Channel, Outputs
 from inplace.errors import RequestError
+from inplace.protocol import FROM
 from inplace.runtime.batcher import Answer
-from inplace.server.peers import Peer
+from inplace.runtime.observer import Observer
+from inplace.runtime.requests import Request
+from inplace.runtime.slots import SequenceId
+from inplace.server.peers import Peer, PeerServer
 
 log = logging.getLogger("inplace")
+
+
+class RemotePlaces(Protocol):
+    """Keeps a sequence's place in Triton while another instance has it."""
+
+    @property
+    def nonce(self) -> str:
+        """Marks the requests of this instance to the model."""
+
+    def recognize(self, nonce: str) -> None:
+        """Take the requests that another instance marks so for its own, not for a client's."""
+
+    def watch_starts(self, on_start: Callable[[SequenceId, str], None]) -> None:
+        """Call back with sequence and nonce for STARTs by which other instances open places."""
+
+    def moved(self, sequence_id: SequenceId) -> None:
+        """Another instance has admitted the sequence."""
+
+    def left(self, sequence_id: SequenceId) -> None:
+        """The sequence has ended there."""
+
+
+class Routes:
+    """Which sequences other instances have, of those that Triton sends to this one. Thread-safe.
+
+    Args:
+        places: of this instance in Triton.
+        observer: of this instance.
+
+    Attributes:
+        server: tells the instance without an engine to which Triton sends a sequence.
+    """
+
+    def __init__(self, places: RemotePlaces, observer: Observer) -> None:
+        self._places, self._observer = places, observer
+        self.server: PeerServer | None = None
+        self._peers: dict[SequenceId, Peer] = {}
+        self._lock = threading.Lock()
+
+    def get(self, sequence_id: SequenceId) -> Peer | None:
+        """The instance that has a sequence; None if no other has it."""
+        return self._peers.get(sequence_id)
+
+    def source(self, request: Request) -> Peer | None:
+        """The other instance that has the sequence which a request copies."""
+        source = request.parameters.get(FROM)
+        return self._peers.get(source) if isinstance(source, (int, str)) else None
+
+    def add(self, sequence_id: SequenceId, peer: Peer) -> None:
+        """An instance has admitted a sequence."""
+        with self._lock:
+            known = sequence_id in self._peers
+            self._peers[sequence_id] = peer
+        if not known:
+            self._places.moved(sequence_id)
+            if self.server is not None:
+                self.server.sequence_moved(sequence_id)
+
+    def remove(self, sequence_id: SequenceId, peer: Peer) -> None:
+        """A sequence has ended there, or was never admitted."""
+        with self._lock:
+            if self._peers.get(sequence_id) is not peer:
+                return
+            del self._peers[sequence_id]
+        self._places.left(sequence_id)
+        if self.server is not None:
+            self.server.sequence_left(sequence_id)
+
+    def remove_all(self, peer: Peer) -> None:
+        """An instance has ended, with all of its sequences."""
+        lost = [each for each, having in self._peers.copy().items() if having is peer]
+        for sequence_id in lost:
+            self.remove(sequence_id, peer)
+        if lost:
+            log.warning("another instance of the model has ended, with %d sequences", len(lost))
+
+    def forward(self, peer: Peer, arrivals: Sequence[Arrival]) -> list[int]:
+        """Forward requests that came together, and count them; returns a number for each."""
+        self._observer.request_forwarded(len(arrivals))
+        return peer.forward(arrivals)
 
 
 class AnswerChannel:

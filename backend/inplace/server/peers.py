@@ -299,12 +299,12 @@ class Peer:
         self._connection = Connection(connected, self._on_frames, self._on_closed)
         self._connection.send(encode({"type": "hello", "nonce": nonce, "relays": relays}, {}))
 
-    def forward(self, arrival: Arrival) -> int:
-        """Have a request answered there, through its channel; returns a number to cancel it by."""
-        return self.forward_all([arrival])[0]
+    def forward(self, arrivals: Sequence[Arrival]) -> list[int]:
+        """Have requests that came together answered there, each through its channel.
 
-    def forward_all(self, arrivals: Sequence[Arrival]) -> list[int]:
-        """Have requests answered there that arrived together; returns a number for each."""
+        Returns:
+            A number for each, to cancel it by.
+        """
         with self._lock:
             numbers = [next(self._numbers) for _ in arrivals]
             closed = self.closed

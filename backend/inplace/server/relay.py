@@ -19,9 +19,14 @@ from inplace.runtime.batcher import Answer
 from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
-from inplace.server.forwarding import AnswerChannel, CancellationWatch, RoutedChannel
+from inplace.server.forwarding import (
+    AnswerChannel,
+    CancellationWatch,
+    RemotePlaces,
+    RoutedChannel,
+    Routes,
+)
 from inplace.server.peers import LIST_INTERVAL, Address, Peer, PeerLostError, listening_sockets
-from inplace.server.routing import RemotePlaces
 
 log = logging.getLogger("inplace")
 
@@ -46,12 +51,13 @@ class _Relay:
         observer: of this instance.
     """
 
+    _places: RemotePlaces
+    _routes: Routes
+
     def __init__(self, owner: Address, observer: Observer) -> None:
         self._address, self._observer = owner, observer
-        self._places: RemotePlaces | None = None
         self._peer: Peer | None = None
         self._listed = -LIST_INTERVAL
-        self._live: set[SequenceId] = set()  # those that Triton sends here
         self._served = False
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -63,12 +69,12 @@ class _Relay:
         Args:
             places: of this instance in Triton.
         """
-        self._places = places
+        self._places, self._routes = places, Routes(places, self._observer)
         places.watch_starts(self._on_foreign_start)
         self._thread.start()
 
     def hand_over(self) -> None:
-        """Nothing: the instance with the engine stores the sequences."""
+        """Nothing: the owner stores the sequences."""
 
     def end_idle(self, seconds: float) -> None:
         """Nothing: the owner ends its idle sequences."""
@@ -113,7 +119,6 @@ class _Relay:
         before = self._peer
         if before is not None and before.address == address and not before.closed:
             return
-        assert self._places is not None
         try:
             self._peer = Peer(address, self, self._places.nonce, relays=True)
         except OSError as error:
@@ -125,7 +130,7 @@ class _Relay:
     def _on_foreign_start(self, sequence_id: SequenceId, nonce: str) -> None:
         """Triton has given this instance the place that another opened for a live sequence."""
         if (peer := self._owner()) is not None:
-            self._moved(sequence_id)
+            self._routes.add(sequence_id, peer)
             peer.watch(sequence_id)
 
     def _run(self) -> None:
@@ -139,34 +144,21 @@ class _Relay:
         if self._peer is None:
             self._owner()
 
-    def _moved(self, sequence_id: SequenceId) -> None:
-        if self._places is not None and sequence_id not in self._live:
-            self._live.add(sequence_id)
-            self._places.moved(sequence_id)
-
     def peer_greeted(self, nonce: str) -> None:
         """Another instance marks its own requests to the model so."""
-        if self._places is not None:
-            self._places.recognize(nonce)
+        self._places.recognize(nonce)
 
     def peer_started(self, peer: Peer, sequence_id: SequenceId) -> None:
         """A sequence was given a slot."""
-        self._moved(sequence_id)
+        self._routes.add(sequence_id, peer)
 
     def peer_ended(self, peer: Peer, sequence_id: SequenceId) -> None:
         """A sequence gave its slot back, or was refused one."""
-        if self._places is not None and sequence_id in self._live:
-            self._live.discard(sequence_id)
-            self._places.left(sequence_id)
+        self._routes.remove(sequence_id, peer)
 
     def peer_lost(self, peer: Peer) -> None:
-        """The owner has ended, with all sequences."""
-        if self._live:
-            log.warning(
-                "the instance that has the engine has ended, with %d sequences", len(self._live)
-            )
-        for sequence_id in self._live.copy():
-            self.peer_ended(peer, sequence_id)
+        """An owner has ended, with its sequences."""
+        self._routes.remove_all(peer)
 
 
 class StepRelay(_Relay):
@@ -178,10 +170,10 @@ class StepRelay(_Relay):
         if peer is None:
             return [PeerLostError() for _ in requests]
         channels = [AnswerChannel(request.requested_outputs or frozenset()) for request in requests]
-        peer.forward_all(
-            [(request, {}, channel) for request, channel in zip(requests, channels, strict=True)]
-        )
-        self._observer.request_forwarded(len(requests))
+        arrivals: list[Arrival] = [
+            (request, {}, channel) for request, channel in zip(requests, channels, strict=True)
+        ]
+        self._routes.forward(peer, arrivals)
         return [channel.result() for channel in channels]
 
 
@@ -200,8 +192,7 @@ class StreamRelay(_Relay):
             for _, _, channel in relayed:
                 channel.send_error(PeerLostError())
             return
-        numbers = peer.forward_all(relayed)
-        self._observer.request_forwarded(len(relayed))
+        numbers = self._routes.forward(peer, relayed)
         for (_, _, channel), number in zip(relayed, numbers, strict=True):
             self._watch.add(channel, peer, number)
 

@@ -13,98 +13,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
-from typing import Protocol
 
 from inplace.drivers import Arrival, StepDriver, StreamDriver
 from inplace.drivers.reply import Outputs
 from inplace.drivers.senders import CANCEL_CHECK_INTERVAL
 from inplace.errors import Code, RequestError, backend_failure
-from inplace.protocol import FROM
 from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState
-from inplace.server.forwarding import AnswerChannel, CancellationWatch, RoutedChannel
+from inplace.server.forwarding import (
+    AnswerChannel,
+    CancellationWatch,
+    RemotePlaces,
+    RoutedChannel,
+    Routes,
+)
 from inplace.server.peers import Address, Peer, PeerLostError, Peers, PeerServer
 
 log = logging.getLogger("inplace")
-
-
-class RemotePlaces(Protocol):
-    """Keeps a sequence's place in Triton while another instance has it."""
-
-    @property
-    def nonce(self) -> str:
-        """Marks the requests of this instance to the model."""
-
-    def recognize(self, nonce: str) -> None:
-        """Take the requests that another instance marks so for its own, not for a client's."""
-
-    def watch_starts(self, on_start: Callable[[SequenceId, str], None]) -> None:
-        """Call back with sequence and nonce for STARTs by which other instances open places."""
-
-    def moved(self, sequence_id: SequenceId) -> None:
-        """Another instance has admitted the sequence."""
-
-    def left(self, sequence_id: SequenceId) -> None:
-        """The sequence has ended there."""
-
-
-class _Routes:
-    """Which sequences other instances have, of those that Triton sends to this one. Thread-safe.
-
-    Attributes:
-        server: tells the instance without an engine to which Triton sends a sequence.
-    """
-
-    def __init__(self, places: RemotePlaces, observer: Observer) -> None:
-        self._places, self._observer = places, observer
-        self.server: PeerServer | None = None
-        self._peers: dict[SequenceId, Peer] = {}
-        self._lock = threading.Lock()
-
-    def get(self, sequence_id: SequenceId) -> Peer | None:
-        """The instance that has a sequence; None if no other has it."""
-        return self._peers.get(sequence_id)
-
-    def source(self, request: Request) -> Peer | None:
-        """The other instance that has the sequence which a request copies."""
-        source = request.parameters.get(FROM)
-        return self._peers.get(source) if isinstance(source, (int, str)) else None
-
-    def add(self, sequence_id: SequenceId, peer: Peer) -> None:
-        """An instance has admitted a sequence."""
-        with self._lock:
-            known = sequence_id in self._peers
-            self._peers[sequence_id] = peer
-        if not known:
-            self._places.moved(sequence_id)
-            if self.server is not None:
-                self.server.sequence_moved(sequence_id)
-
-    def remove(self, sequence_id: SequenceId, peer: Peer) -> None:
-        """A sequence has ended there, or was never admitted."""
-        with self._lock:
-            if self._peers.get(sequence_id) is not peer:
-                return
-            del self._peers[sequence_id]
-        self._places.left(sequence_id)
-        if self.server is not None:
-            self.server.sequence_left(sequence_id)
-
-    def remove_all(self, peer: Peer) -> None:
-        """An instance has ended, with all of its sequences."""
-        lost = [each for each, having in self._peers.copy().items() if having is peer]
-        for sequence_id in lost:
-            self.remove(sequence_id, peer)
-        if lost:
-            log.warning("another instance of the model has ended, with %d sequences", len(lost))
-
-    def forward(self, peer: Peer, arrival: Arrival) -> int:
-        """Forward a request, and count it."""
-        self._observer.request_forwarded()
-        return peer.forward(arrival)
 
 
 class _Router:
@@ -127,7 +54,7 @@ class _Router:
         serve_relayed: Callable[[list[Arrival]], None],
     ) -> None:
         self._table, self._observer, self._places = instance.table, instance.observer, places
-        self._routes = _Routes(places, self._observer)
+        self._routes = Routes(places, self._observer)
         self._peers = Peers(address, self, places.nonce)
         self._server = self._routes.server = PeerServer(
             address, serve, serve_relayed, self._is_served, places.nonce, self._on_greeting
@@ -272,7 +199,7 @@ class StepRouter(_Router):
 
     def _send(self, peer: Peer, request: Request) -> AnswerChannel:
         channel = AnswerChannel(request.requested_outputs or frozenset())
-        self._routes.forward(peer, (request, {}, channel))
+        self._routes.forward(peer, [(request, {}, channel)])
         return channel
 
     def _or_elsewhere(self, request: Request, asked: Peer | None, answer: Answer) -> Answer:
@@ -447,12 +374,13 @@ class StreamRouter(_Router):
     def _forward(
         self, peer: Peer, request: Request, arrival: Arrival, channel: RoutedChannel
     ) -> None:
-        number = self._routes.forward(peer, (request, arrival[1], channel))
+        [number] = self._routes.forward(peer, [(request, arrival[1], channel)])
         self._watch_cancelled(channel, peer, number)
 
     def _forward_offer(self, peer: Peer, offer: _Offer, offered: Arrival) -> None:
         offer.target = peer
-        self._watch_cancelled(offer.channel, peer, self._routes.forward(peer, offered))
+        [number] = self._routes.forward(peer, [offered])
+        self._watch_cancelled(offer.channel, peer, number)
 
     def _watch_cancelled(self, channel: RoutedChannel, peer: Peer, number: int) -> None:
         self._watch.add(channel, peer, number)

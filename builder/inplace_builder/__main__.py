@@ -71,7 +71,7 @@ def build(
         Weights,
         typer.Option(
             help="fp8: those of linear layers are 8-bit floats with scales, the head's are not; "
-            "auto: on a GPU, where the model's are; dequantized: none are."
+            "dequantized: none are; auto: as dequantized."
         ),
     ] = "auto",
     device: Annotated[

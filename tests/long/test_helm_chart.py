@@ -77,6 +77,7 @@ def test_kubernetes_accepts_what_other_values_render(version: str, tmp_path: Pat
     values = ["server.replicas=3", "server.gpus=0", "storage.size=50Gi", "storage.class=fast"]
     values += ["image.repository=example.org/own", "image.tag=7", "keys.secret=own-keys"]
     arguments = [f"--set-string={values.pop(-2)}", *(f"--set={value}" for value in values)]
+    arguments.append("--set=openai.toolCallParsers={json,my-model=hermes}")
     arguments.append(f"--set-file=keys.file={tmp_path / 'keys.json'}")
     text = rendered(*arguments, release="other")
     made = objects(text)
@@ -86,6 +87,8 @@ def test_kubernetes_accepts_what_other_values_render(version: str, tmp_path: Pat
     front = made["Deployment", "other-openai"]["spec"]["template"]["spec"]
     replicas = ",".join(f"other-server-{number}.other-server:8001" for number in range(3))
     assert f"--server={replicas}" in front["containers"][0]["args"]
+    parsers = ["--tool-call-parser=json", "--tool-call-parser=my-model=hermes"]
+    assert front["containers"][0]["args"][-2:] == parsers
     assert base64.b64decode(made["Secret", "own-keys"]["data"]["keys.json"]).decode() == keys
     assert "own-keys" in [each["secret"]["secretName"] for each in front["volumes"][1:2]]
     claim = made["PersistentVolumeClaim", "inplace-models"]["spec"]
@@ -105,6 +108,7 @@ def test_kubernetes_accepts_what_other_values_render(version: str, tmp_path: Pat
         ("server.replicas=0", "server.replicas"),
         ("server.gpu=1", "gpu"),
         ("openai.memory=lots", "openai.memory"),
+        ("openai.toolCallParsers=hermes", "openai.toolCallParsers"),
         ("keys.secret=", "keys.secret"),
     ],
 )

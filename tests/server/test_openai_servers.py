@@ -2,7 +2,6 @@
 
 import logging
 import ssl
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -14,6 +13,7 @@ import openai
 import pytest
 from inplace.openai import Frontend
 from inplace_builder.tools.tritonserver import Ports, TritonServer
+from support.certificates import self_signed
 from support.fault_proxy import kill_server
 from support.faults import eventually
 from support.fronts import running
@@ -29,14 +29,7 @@ STREAMS, TOKENS = 6, 200
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate of the loopback address that signs itself, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    files = folder / "server.crt", folder / "server.key"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
-        f" -addext subjectAltName=IP:127.0.0.1 -out {files[0]} -keyout {files[1]}"
-    )
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return files
+    return self_signed(tmp_path_factory.mktemp("tls"), "IP:127.0.0.1")
 
 
 def test_https(served: Served, stream_models: Path, certificate: tuple[Path, Path]) -> None:

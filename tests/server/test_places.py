@@ -7,7 +7,6 @@ at once, no place stays open, and SIGTERM ends the server soon after its last ru
 import json
 import queue
 import signal
-import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import pytest
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
+from support.certificates import self_signed
 from support.engines import Engines
 from support.faults import Answer, Stream, add, eventually, kill
 from support.generating import ENDLESS, PROMPT, GrpcStream, long_stream
@@ -201,14 +201,7 @@ def test_after_a_storm_a_new_client_is_served_at_once_and_the_server_ends(storm:
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate that signs itself, for a name that is not this machine's, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    files = folder / "server.crt", folder / "server.key"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=triton.example"
-        f" -addext subjectAltName=DNS:triton.example -out {files[0]} -keyout {files[1]}"
-    )
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return files
+    return self_signed(tmp_path_factory.mktemp("tls"), "DNS:triton.example")
 
 
 @pytest.mark.parametrize("mutual", long_except([True], [False, True]))

@@ -340,6 +340,7 @@ FORMAT = {"type": "json_object"}
         (None, {"tools": [tool()]}, "not known in which format 'm' calls tools"),
         (None, {"tools": [tool()], "tool_choice": "auto"}, "--tool-call-parser"),
         (HERMES, {"tool_choice": "auto"}, "tool_choice needs tools"),
+        (HERMES, {"parallel_tool_calls": False}, "parallel_tool_calls needs tools"),
         (HERMES, {"tools": [tool()], "tool_choice": NAMED}, "'g', which is not among the tools"),
         (HERMES, {"tools": [tool(), tool()]}, "two tools have the same name"),
         (HERMES, {"tools": [tool(type="array")]}, "'f' are not of the type 'object'"),

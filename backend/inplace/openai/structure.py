@@ -46,6 +46,8 @@ def structure_of(request: ChatRequest, model: ServedModel) -> Structure:
             model calls tools.
     """
     choice, tools = request.tool_choice, request.tools or []
+    if request.parallel_tool_calls is not None and not tools:
+        raise invalid_value("parallel_tool_calls needs tools", "parallel_tool_calls")
     if choice == "none" or (choice is None and not tools):
         return Structure(_format_options(request.response_format))
     if not tools:

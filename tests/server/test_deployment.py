@@ -1,7 +1,8 @@
 """The containers of `deploy/kubernetes` as processes: command lines, probes, ends."""
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import openai
@@ -40,20 +41,26 @@ class Secret:
         return key
 
 
-def chat(front: FrontContainer, key: str) -> "openai.Stream[ChatCompletionChunk]":
+@contextmanager
+def chat(front: FrontContainer, key: str) -> Iterator[openai.Stream[ChatCompletionChunk]]:
     """A long reply, of which the first chunk was read."""
-    stream = (
-        Front(front.port)
-        .client(key)
-        .chat.completions.create(
+    with (
+        Front(front.port).client(key) as client,
+        client.chat.completions.create(
             model=MODEL,
             messages=[{"role": "user", "content": "What is a Derivative Work?"}],
             stream=True,
             extra_body={"max_tokens": 200, "ignore_eos": True},
-        )
-    )
-    assert next(stream).choices[0].delta.role == "assistant"
-    return stream
+        ) as stream,
+    ):
+        assert next(stream).choices[0].delta.role == "assistant"
+        yield stream
+
+
+def models(front: FrontContainer, key: str = "none") -> list[str]:
+    """The models that a client sees."""
+    with Front(front.port).client(key) as client:
+        return [model.id for model in client.models.list()]
 
 
 def last_reason(stream: "openai.Stream[ChatCompletionChunk]") -> str | None:
@@ -82,24 +89,24 @@ def test_containers_start_are_probed_and_drain(stream_models: Path, tmp_path: Pa
             front.wait_for("readinessProbe")
 
         with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
-            Front(first.port).client().models.list()
+            models(first)
         old, key = key, secret.draw()
         time.sleep(1.5)  # the file is looked at once a second
         with pytest.raises(openai.AuthenticationError):
-            Front(first.port).client(old).models.list()
-        assert MODEL in [model.id for model in Front(first.port).client(key).models.list()]
+            models(first, old)
+        assert MODEL in models(first, key)
 
-        stream = chat(first, key)
-        first.terminate()
-        assert last_reason(stream) == "length"
+        with chat(first, key) as stream:
+            first.terminate()
+            assert last_reason(stream) == "length"
         assert first.process.wait(first.seconds_to_end) == 0
         with pytest.raises(OSError, match="refused"):
             Front(first.port).send("/health")
 
-        stream = chat(second, key)
-        assert server.process is not None
-        server.process.terminate()
-        assert last_reason(stream) == "length"
+        with chat(second, key) as stream:
+            assert server.process is not None
+            server.process.terminate()
+            assert last_reason(stream) == "length"
         assert server.process.wait(server.container.seconds_to_end) == 0
         second.wait_for("readinessProbe", passes=False)
         assert second.passes("livenessProbe")

@@ -22,14 +22,25 @@ TOGETHER = {
     ),
 }
 """Files whose tests use the same models on a server: one process loads them."""
-APART = ("test_recognition", "test_engines_of_modules", "test_random_modules", "test_decoders")
+APART = {
+    "build/test_recognition",
+    "build/test_engines_of_modules",
+    "long/test_random_modules",
+    "build/test_random_modules",
+    "gpu/test_decoders",
+    "gpu/test_float8",
+    "gpu/test_grouped_linear",
+    "gpu/test_kernels",
+    "gpu/test_linear",
+    "gpu/test_recurrences",
+}
 """Files whose tests share nothing that is expensive: any process may run each test."""
 
 
 def group(nodeid: str) -> str:
     """The group of a test: its file, the files that share its models, or it alone."""
     file = PurePath(nodeid.partition("::")[0])
-    if file.stem in APART:
+    if f"{file.parent.name}/{file.stem}" in APART:
         return nodeid
     return next((name for name, files in TOGETHER.items() if file.stem in files), str(file))
 

@@ -24,6 +24,11 @@ def test_kernels_equal_the_operators_in_the_interpreter(marked: str) -> None:
     run_interpreted("interpreted_kernels.py", marked)
 
 
+@needs_interpreter
+def test_slots_are_copied_as_pytorch_copies_them_in_the_interpreter() -> None:
+    run_interpreted("interpreted_copies.py")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

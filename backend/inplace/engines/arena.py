@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from inplace.errors import LoadError
 from inplace.schema.specs import INITIAL_FILE, StateSpec, Update
 from inplace.schema.tensor_file import as_dtype
+
+if TYPE_CHECKING:
+    from inplace.engines.slot_copies import SlotCopies
 
 
 class Arena:
@@ -64,6 +68,7 @@ class Arena:
             ) from error
         self._tensors = tensors
         self.tensors: Mapping[str, Tensor] = MappingProxyType(tensors)
+        self._gpu_copies: SlotCopies | None = None
 
     @property
     def bytes(self) -> int:
@@ -77,6 +82,7 @@ class Arena:
     def rebind(self, name: str, tensor: Tensor) -> None:
         """Replace a state's tensor by another of its shape: for engines with the kind ``copy``."""
         self._tensors[name] = tensor
+        self._gpu_copies = None
 
     def reset(self, slot: int) -> None:
         """Refill a slot for a new sequence, in the states that need it (``StateSpec.reset``)."""
@@ -85,7 +91,7 @@ class Arena:
                 self._refill(spec, self.tensors[spec.name][slot])
 
     def copy(self, source: int, target: int, length: int | None) -> None:
-        """Copy a slot to another one, with one copy for each state, on the device.
+        """Copy a slot to another one, on the device.
 
         Args:
             source: the slot to copy.
@@ -93,9 +99,12 @@ class Arena:
             length: positions that the source holds: of states that append, only these are copied.
                 None copies whole slots.
         """
-        for spec in self.specs if source != target else ():
-            old, new = self.tensors[spec.name][source], self.tensors[spec.name][target]
-            _used(spec, new, length).copy_(_used(spec, old, length))
+        if source != target and (copies := self._copies_on_gpu()) is not None:
+            copies.copy(source, target, length)
+        elif source != target:
+            for spec in self.specs:
+                old, new = self.tensors[spec.name][source], self.tensors[spec.name][target]
+                _used(spec, new, length).copy_(_used(spec, old, length))
         if length is not None:
             self._refill_behind(target, length)
 
@@ -118,6 +127,8 @@ class Arena:
             slot: the slot.
             length: of states that append, only so many positions are copied; None for all.
         """
+        if (copies := self._copies_on_gpu()) is not None:
+            return copies.save(slot, length)
         return {
             spec.name: _used(spec, self.tensors[spec.name][slot], length).clone()
             for spec in self.specs
@@ -125,10 +136,21 @@ class Arena:
 
     def restore_used(self, slot: int, saved: Mapping[str, Tensor], length: int | None) -> None:
         """Write what `save_used` has copied into a slot, and what a fresh one holds behind it."""
-        for spec in self.specs:
-            _used(spec, self.tensors[spec.name][slot], length).copy_(saved[spec.name])
+        if (copies := self._copies_on_gpu()) is not None:
+            copies.restore(slot, saved, length)
+        else:
+            for spec in self.specs:
+                _used(spec, self.tensors[spec.name][slot], length).copy_(saved[spec.name])
         if length is not None:
             self._refill_behind(slot, length)
+
+    def _copies_on_gpu(self) -> "SlotCopies | None":
+        """Copies by kernels, if the arena is on a GPU."""
+        if self.device.type == "cuda" and self._gpu_copies is None:
+            from inplace.engines.slot_copies import SlotCopies  # needs Triton-language
+
+            self._gpu_copies = SlotCopies(self.specs, self.tensors, self.device)
+        return self._gpu_copies
 
     def save(self, slot: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of some states of a slot, by name."""

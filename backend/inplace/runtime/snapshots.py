@@ -16,7 +16,6 @@ from inplace.runtime.observer import Observer
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState
 from inplace.schema.served import Manifest
 from inplace.schema.snapshots import SnapshotOptions
-from inplace.schema.specs import Update
 from inplace.snapshots import (
     Lease,
     Restored,
@@ -162,9 +161,8 @@ class SnapshotKeeper:
         if lease is None or every is None:
             return
         position = sequence.length + (pending is not None)
-        if position - lease.stored_at < every or not self._room.acquire(blocking=False):
-            return
-        self._write(self._capture(sequence, pending))
+        if position - lease.stored_at >= every and self._room.acquire(blocking=False):
+            self._write(sequence, pending)
 
     def write(
         self, sequence: SequenceState, pending: int | None, *, wait: bool
@@ -180,7 +178,22 @@ class SnapshotKeeper:
         """
         if not self._room.acquire(blocking=wait):
             return None
-        return self._write(self._capture(sequence, pending))
+        return self._write(sequence, pending)
+
+    def _write(self, sequence: SequenceState, pending: int | None) -> "Future[bool]":
+        """Store a sequence for which there is room."""
+        lease = sequence.lease
+        assert lease is not None
+        try:
+            captured = self._capture(sequence, pending)
+        except Exception as error:  # the device has no memory for the copy; the sequence lives on
+            self._room.release()
+            lease.stored_at = sequence.length + (pending is not None)  # not again at the next step
+            self._failed(_without_memory(error), sequence)
+            failed = Future[bool]()
+            failed.set_result(False)
+            return failed
+        return self._writer(lease.name).submit(self._write_now, captured, lease)
 
     def _capture(self, sequence: SequenceState, pending: int | None) -> Captured:
         """Copy what is to be stored, on the device."""
@@ -215,11 +228,6 @@ class SnapshotKeeper:
         )
         lease.stored_at = snapshot.position
         return Captured(sequence, snapshot, ready)
-
-    def _write(self, captured: Captured) -> "Future[bool]":
-        lease = captured.sequence.lease
-        assert lease is not None
-        return self._writer(lease.name).submit(self._write_now, captured, lease)
 
     def _write_now(self, captured: Captured, lease: Lease) -> bool:
         begin = monotonic()
@@ -257,6 +265,10 @@ class SnapshotKeeper:
         except SnapshotError as error:
             self._failed(error, None)
             raise
+        except Exception as error:  # no memory: the claim goes on from the snapshot, so ask again
+            failed = _without_memory(error)
+            self._failed(failed, None)
+            raise failed from error
         self._observer.snapshot_restored(snapshot.num_bytes, monotonic() - begin)
         return Restored(snapshot, lease)
 
@@ -267,14 +279,9 @@ class SnapshotKeeper:
             SnapshotError: FOREIGN.
         """
         capacity = self._manifest.capacity
-        expected: dict[str, tuple[int, ...]] = {}
         probe = SequenceState("", 0, length=snapshot.length, positions=dict(snapshot.positions))
         length = self._used_length(probe)
-        for spec in self._arena.specs:
-            shape = list(spec.shape)
-            if spec.update is Update.APPEND and spec.axis is not None and length is not None:
-                shape[spec.axis] = min(length, shape[spec.axis])
-            expected[spec.name] = tuple(shape)
+        expected = {spec.name: spec.used_shape(length) for spec in self._arena.specs}
         shapes = {name: tuple(tensor.shape) for name, tensor in snapshot.states.items()}
         if shapes != expected or (capacity is not None and snapshot.position > capacity):
             raise SnapshotError(
@@ -345,6 +352,13 @@ class SnapshotKeeper:
 
         with contextlib.suppress(RuntimeError):  # it is closed
             self._writer(name).submit(run)
+
+
+def _without_memory(error: Exception) -> SnapshotError:
+    reason = str(error).partition("\n")[0]
+    return SnapshotError(
+        SnapshotReason.UNAVAILABLE, f"states were not copied ({type(error).__name__}: {reason})"
+    )
 
 
 def _ignore(sequence: SequenceState) -> None:

@@ -317,6 +317,17 @@ class StateSpec(Record):
         """Bytes of one slot of this state."""
         return prod(self.shape) * self.dtype.as_torch.itemsize
 
+    def used_shape(self, length: int | None) -> tuple[int, ...]:
+        """The shape of what a sequence uses of a slot.
+
+        Args:
+            length: positions of the sequence; None if not known, then it uses all of the slot.
+        """
+        if self.update is not Update.APPEND or self.axis is None or length is None:
+            return self.shape
+        used = min(length, self.shape[self.axis])
+        return (*self.shape[: self.axis], used, *self.shape[self.axis + 1 :])
+
 
 class TensorSpec(Record):
     """One input or output of a program.

@@ -121,3 +121,15 @@ PROMPT_TOKENS, PROMPT_TOKEN_LOGPROBS = "prompt_tokens", "prompt_token_logprobs"
 PROMPT_RANKS = "prompt_ranks"
 PROMPT_TOP_LOGPROBS, PROMPT_TOP_TOKENS = "prompt_top_logprobs", "prompt_top_tokens"
 """Outputs of requests with `PROMPT_LOGPROBS`."""
+
+
+def logprob_outputs(logprobs: int | None) -> frozenset[str]:
+    """The names of the outputs that a value of the parameter ``logprobs`` asks for.
+
+    Args:
+        logprobs: how many of the most likely tokens; None if the parameter is absent.
+    """
+    if logprobs is None:
+        return frozenset()
+    top = (TOP_LOGPROBS, TOP_TOKENS) if logprobs else ()
+    return frozenset({TOKEN_LOGPROBS, *top})

@@ -5,11 +5,14 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+from inplace.schema.proxy import SUFFIX
 from support.long import long_except
 from support.models import greedy
 from support.served import CAPACITY, MODEL, SLOTS, Served, Stream
@@ -52,6 +55,21 @@ def test_http_generates_the_same_tokens_as_grpc(served: Served) -> None:
         seed=3,
     )
     assert one == other
+
+
+def test_the_process_of_a_proxy_has_no_pytorch(served: Served) -> None:
+    assert served.server.process is not None
+    mapped = [
+        {Path(file.path).name for file in process.memory_maps()}
+        for process in psutil.Process(served.server.process.pid).children()
+        if process.name().startswith("triton_python")
+    ]
+    with InferenceServerClient(served.server.grpc_url) as client:
+        models = client.get_model_repository_index().models
+    proxies = sum(model.state == "READY" and model.name.endswith(SUFFIX) for model in models)
+    with_torch = sum("libtorch_python.so" in files for files in mapped)
+    assert (with_torch, proxies) == (len(mapped) - proxies, 1)
+    assert with_torch > 0
 
 
 def test_a_refused_http_request_gets_the_reason_and_keeps_no_slot(served: Served) -> None:

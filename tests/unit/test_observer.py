@@ -8,6 +8,7 @@ import inplace.runtime.observer
 import pytest
 from inplace.drivers.generation import FinishReason
 from inplace.errors import Code, RequestError
+from inplace.log_lines import log_line
 from inplace.runtime.observer import (
     ENDED,
     GENERATIONS,
@@ -19,7 +20,6 @@ from inplace.runtime.observer import (
     MetricValues,
     Observer,
     exported_metrics,
-    log_line,
 )
 from inplace.runtime.slots import EndReason, SequenceState
 

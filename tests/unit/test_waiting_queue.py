@@ -3,8 +3,9 @@
 import threading
 from dataclasses import dataclass, field
 
-from inplace.drivers.queues import StartQueue, StreamRequest, WaitingQueue
+from inplace.drivers.queues import StreamRequest
 from inplace.drivers.reply import Reply
+from inplace.runtime.fairness import StartQueue, WaitingQueue
 from inplace.runtime.requests import Request, ValidatedRequest
 from support.streaming import RecordingChannel
 

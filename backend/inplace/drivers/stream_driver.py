@@ -21,7 +21,6 @@ from inplace.drivers.queues import (
     FailedGenerations,
     SequenceQueues,
     StreamRequest,
-    WaitingQueue,
     find_buffered_reply,
 )
 from inplace.drivers.reply import BufferedReply, Channel, FinalResponse, Reply, ScheduleReply
@@ -31,6 +30,7 @@ from inplace.drivers.shutdown import fenced, stored, unloading
 from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import GROUP, TEXT
 from inplace.runtime.batcher import ActiveRequest, Answer, split_outputs
+from inplace.runtime.fairness import WaitingQueue
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance

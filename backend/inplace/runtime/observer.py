@@ -9,9 +9,7 @@ To add a metric: define it, list it in `METRICS` or `HISTOGRAMS`, change it in `
 describe it in docs/operations.md.
 """
 
-import json
 import logging
-import re
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sized
@@ -21,6 +19,7 @@ from time import monotonic
 from typing import Literal, Protocol
 
 from inplace.errors import Code, RequestError
+from inplace.log_lines import log_line
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState, SlotObserver
 from inplace.snapshots import SnapshotError, SnapshotReason
 
@@ -30,10 +29,6 @@ EXPORT_INTERVAL = 1.0
 
 MAX_LINES_PER_SECOND = 10
 """Log lines a second for refused requests, and as many for ended sequences; all are counted."""
-
-
-PLAIN_WORD = re.compile(r"(?!\d+$)[\w.:/+-]+")
-"""Text that a log line shows without quotes: one word that is not a number."""
 
 
 log = logging.getLogger("inplace")
@@ -369,23 +364,6 @@ class MetricValues:
                 values[histogram.count.name, ""] = cumulative[-1]
                 values[histogram.sum.name, ""] = self._sums[histogram.name]
         return values
-
-
-def log_line(event: str, **fields: object) -> str:
-    """Format a log line: the event, then ``key=value`` for each field.
-
-    Text other than a plain word is written as a JSON string. Ids come from clients, and the text
-    ``"12"`` is a different sequence than the number 12.
-    """
-    values = (f"{name}={_format_value(value)}" for name, value in fields.items())
-    return " ".join([f"{event}:", *values])
-
-
-def _format_value(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    plain = isinstance(value, int) or (isinstance(value, str) and PLAIN_WORD.fullmatch(value))
-    return str(value) if plain else json.dumps(value)
 
 
 class _RateLimitedLog:

@@ -1,6 +1,5 @@
 """Requests without Triton's types, and the checks that need only the program's description."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import monotonic
@@ -24,7 +23,6 @@ from inplace.protocol import (
     CACHE_SALT,
     FORGET,
     FROM,
-    GROUP,
     LOGIT_BIAS,
     LOGPROBS,
     MAX_TOKENS,
@@ -33,11 +31,10 @@ from inplace.protocol import (
     PROMPT_LOGPROBS,
     RESTORE,
     SEQUENCE_KEY,
-    TOKEN_LOGPROBS,
-    TOP_LOGPROBS,
-    TOP_TOKENS,
+    logprob_outputs,
 )
 from inplace.runtime.audio import check_audio_parameters, read_audio, read_option
+from inplace.runtime.fairness import digest, fairness_group
 from inplace.runtime.slots import SequenceId
 from inplace.schema.schedule import Schedule
 from inplace.schema.served import Program
@@ -126,10 +123,7 @@ class SamplingParams:
     @property
     def outputs(self) -> frozenset[str]:
         """The names of the outputs with log-probabilities that it asks for."""
-        if self.logprobs is None:
-            return frozenset()
-        top = (TOP_LOGPROBS, TOP_TOKENS) if self.logprobs else ()
-        return frozenset({TOKEN_LOGPROBS, *top})
+        return logprob_outputs(self.logprobs)
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Parameter], program: Program) -> Self:
@@ -385,17 +379,11 @@ class Request:
         """
         if SEQUENCE_KEY not in self.parameters:
             return None
-        return _digest(BY_NAME[SEQUENCE_KEY].parse(self.parameters[SEQUENCE_KEY]))
+        return digest(BY_NAME[SEQUENCE_KEY].parse(self.parameters[SEQUENCE_KEY]))
 
     def fairness_group(self) -> bytes:
-        """What it shares its place in the queue for slots with.
-
-        The digest of the parameter ``group``, else of its ``sequence_key``, else of its sequence.
-        """
-        for name in (GROUP, SEQUENCE_KEY):
-            if name in self.parameters:
-                return _digest(f"{name} {BY_NAME[name].parse(self.parameters[name])}")
-        return _digest(f"id {self.sequence_id!r}")
+        """The group that it waits in (`inplace.runtime.fairness`)."""
+        return fairness_group(self.sequence_id, self.parameters)
 
     def prompt_logprobs(self, program: Program | None) -> int | None:
         """The parameter ``prompt_logprobs``; None if absent.
@@ -484,10 +472,6 @@ class ValidatedRequest:
 
 
 NO_PARAMETERS: Mapping[str, Parameter] = {}
-
-
-def _digest(value: object) -> bytes:
-    return hashlib.sha256(str(value).encode(errors="surrogatepass")).digest()
 
 
 def validate_inputs(

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-import torch
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from inplace.errors import LoadError
@@ -251,7 +251,7 @@ def read_file(descriptor: int, size: int) -> memoryview:
         The bytes read, at an address that suits every element type. They may be changed: nothing
         else refers to them.
     """
-    content, end = torch.empty(size + 1, dtype=torch.uint8).numpy().data, 0
+    content, end = np.empty(size + 1, np.uint8).data, 0
     while end <= size and (count := os.readv(descriptor, [content[end:]])):
         end += count
     return content[:end]

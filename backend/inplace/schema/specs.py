@@ -16,27 +16,24 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from math import prod
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 from pydantic import AfterValidator, model_validator
 
 from inplace.protocol import AUDIO
 from inplace.schema.files import Record
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Dtype(StrEnum):
     """Element types that a tensor of an engine may have, with PyTorch's names.
 
     Triton and TensorRT have fewer.
-
-    Attributes:
-        as_torch: PyTorch's dtype.
     """
-
-    as_torch: torch.dtype
 
     BOOL = "bool"
     INT8 = "int8"
@@ -54,11 +51,16 @@ class Dtype(StrEnum):
     COMPLEX64 = "complex64"
     COMPLEX128 = "complex128"
 
-    def __init__(self, name: str) -> None:
-        self.as_torch = getattr(torch, name)
+    @cached_property
+    def as_torch(self) -> "torch.dtype":
+        """PyTorch's dtype."""
+        import torch  # here: who only reads a manifest needs no PyTorch
+
+        dtype: torch.dtype = getattr(torch, self.value)
+        return dtype
 
     @classmethod
-    def of(cls, dtype: torch.dtype) -> Self:
+    def of(cls, dtype: "torch.dtype") -> Self:
         """The member for a PyTorch dtype; ValueError for a type that engines do not support."""
         return cls(str(dtype).removeprefix("torch."))
 
@@ -488,7 +490,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "%": operator.mod,
 }
 
-_FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {"max": torch.sym_max, "min": torch.sym_min}
+_FUNCTIONS = ("max", "min")
 
 _TOKEN = re.compile(r" *(?:(\d{1,19})|([A-Za-z_][A-Za-z0-9_]{0,63})|(//|[-+*%(),]))", re.ASCII)
 
@@ -635,5 +637,12 @@ def _evaluate(expression: Expression, known: Mapping[str, Any]) -> Any:
         return known[expression]
     name, *operands = expression
     return reduce(
-        _OPERATORS.get(name) or _FUNCTIONS[name], (_evaluate(part, known) for part in operands)
+        _OPERATORS.get(name) or _function(name), (_evaluate(part, known) for part in operands)
     )
+
+
+def _function(name: str) -> Callable[[Any, Any], Any]:
+    """PyTorch's function, which takes symbols too."""
+    import torch  # as in `Dtype.as_torch`
+
+    return torch.sym_max if name == "max" else torch.sym_min

@@ -1,15 +1,18 @@
-"""The backend that Triton loads: the life of a model instance, from loading to unloading."""
+"""A model instance with an engine: how it is loaded, and its requests in Triton's types."""
 
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import torch
 import triton_python_backend_utils as pb_utils
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from inplace.drivers import (
     Arrival,
@@ -19,83 +22,51 @@ from inplace.drivers import (
     engine_thread,
 )
 from inplace.drivers.detokenizer import TOKENIZER_NAME, load_tokenizer
+from inplace.drivers.reply import Outputs
 from inplace.engines.gpus import use_gpu
-from inplace.errors import LoadError, RequestError, backend_failure
+from inplace.errors import Code, RequestError, backend_failure
+from inplace.log_lines import log_line
+from inplace.protocol import STOP, TEXT
 from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import check_engine
-from inplace.runtime.observer import Observer, log_line
+from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import open_model
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
 from inplace.schema.snapshots import SnapshotOptions
-from inplace.server.generate_proxy import GenerateProxy
-from inplace.server.messages import (
-    FLAG_END,
-    TritonChannel,
-    error_response,
-    output_tensor,
-    read_id,
-    read_request,
-)
+from inplace.server.logs import instance_gpu
+from inplace.server.messages import FLAG_END, FLAG_START, error_response, read_id
 from inplace.server.model_config import check_model_config, model_tensors
 from inplace.server.own_requests import Admission, ModelPlaces
 from inplace.server.peers import Address
 from inplace.server.relay import StepRelay, StreamRelay, engine_owner
-from inplace.server.reports import TritonMetrics, instance_gpu, instance_title, log_to_triton
+from inplace.server.reports import TritonMetrics
 from inplace.server.routing import StepRouter, StreamRouter
-from inplace.server.settings import GENERATE_PROXY, Settings, num_instances, serve_mode
-from inplace.server.stub import check_numpy, skip_interpreter_teardown, start_watchdog
+from inplace.server.settings import Settings, num_instances
+from inplace.server.stub import check_numpy
 from inplace.server.trust import trusted_folders
 from inplace.snapshots import SnapshotStore, open_bucket, read_secret, state_contract
 
 log = logging.getLogger("inplace")
 
 
-class LoadedModel(Protocol):
-    """A model that was loaded for one of the protocols."""
-
-    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        """Answer a batch of requests; None if they are answered later."""
-
-    def close(self) -> None:
-        """Answer the requests that wait or run, and free everything."""
+TEXT_INPUTS = (TEXT, STOP)
 
 
-class ModelServer:
-    """One model instance, from loading to unloading.
+NO_PARAMETERS = ("", "{}")
+
+
+def open_engine(args: dict[str, str]) -> "_EngineModel | _RelayedModel":
+    """Load the engine of a model instance, or connect to the instance that has it.
 
     Args:
         args: what Triton passes to ``initialize``.
 
     Raises:
-        TritonModelException: the model cannot be served, with the reason.
+        LoadError: it cannot be served, with the reason.
     """
-
-    def __init__(self, args: dict[str, str]) -> None:
-        self._log = log_to_triton(instance_title(args))
-        self._watchdog = start_watchdog()
-        try:
-            self._model = _load(args)
-        except LoadError as error:
-            self._log.stop()
-            raise pb_utils.TritonModelException(f"INPLACE-LOAD: {error}") from error
-
-    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        """Answer a batch of requests; None if they are answered later."""
-        return self._model.execute(requests)
-
-    def close(self) -> None:
-        """Answer the requests that wait or run, free everything and end the process."""
-        self._model.close()
-        self._log.stop()
-        skip_interpreter_teardown()
-
-
-def _load(args: dict[str, str]) -> LoadedModel:
-    if serve_mode(args["model_config"]) == GENERATE_PROXY:
-        return GenerateProxy(args)
     folder = Path(args["model_repository"]) / args["model_version"]
     manifest = Manifest.load(folder)
     trust = trusted_folders(os.getppid())
@@ -202,6 +173,117 @@ def _start_reports(observer: Observer, settings: Settings, args: dict[str, str])
         log.warning("%s", note)
     log.setLevel(settings.log_level)
     return TritonMetrics(observer.metrics, args)
+
+
+class TritonChannel:
+    """A `Channel` for one request of a decoupled model.
+
+    Args:
+        request: the request.
+        on_final: called after the final response.
+    """
+
+    def __init__(self, request: Any, on_final: Callable[[], None] | None = None) -> None:
+        self._request, self._sender = request, request.get_response_sender()
+        self._on_final = on_final
+        self.requested_outputs = frozenset(request.requested_output_names())
+
+    def send(self, outputs: Outputs, *, final: bool) -> None:
+        """Send a response with those of the outputs that the client requested."""
+        tensors = [
+            output_tensor(name, value)
+            for name, value in outputs.items()
+            if name in self.requested_outputs
+        ]
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
+        if final:
+            self._finish()
+
+    def send_error(self, error: RequestError) -> None:
+        """Send an error as the final response."""
+        try:
+            self._sender.send(
+                error_response(self._request, error),
+                flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
+            )
+        finally:
+            self._finish()
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has cancelled or left.
+
+        Must not be called after the final response: it crashes the server.
+        """
+        cancelled: bool = self._request.is_cancelled()
+        return cancelled
+
+    def _finish(self) -> None:
+        on_final, self._on_final = self._on_final, None
+        if on_final is not None:
+            on_final()
+
+
+def read_request(
+    request: Any, texts: dict[str, tuple[bytes, ...]] | None = None
+) -> Request | RequestError:
+    """Convert a request of Triton.
+
+    Args:
+        request: its tensors are not copied.
+        texts: if given, the inputs of BYTES are stored here, by name.
+
+    Returns:
+        The request, with a ``refusal`` if only its sequence could be read; or the BAD_PARAMETER
+        error to answer it with.
+    """
+    flags = request.flags()
+    start, end = bool(flags & FLAG_START), bool(flags & FLAG_END)
+    try:
+        sequence_id = request.correlation_id()
+    except ValueError as error:
+        return _unreadable(error)
+    inputs: dict[str, Tensor] = {}
+    try:
+        request_id = request.request_id()
+        parameters = request.parameters()
+        for tensor in request.inputs():
+            name = tensor.name()
+            if texts is not None and name in TEXT_INPUTS:
+                texts[name] = tuple(tensor.as_numpy().reshape(-1).tolist())
+            else:
+                inputs[name] = from_dlpack(tensor.to_dlpack())
+        return Request(
+            sequence_id=sequence_id,
+            start=start,
+            end=end,
+            inputs=inputs,
+            request_id=request_id,
+            parameters=json.loads(parameters) if parameters not in NO_PARAMETERS else {},
+            requested_outputs=frozenset(request.requested_output_names()),
+        )
+    except (ValueError, RuntimeError, RecursionError) as error:
+        # UnicodeDecodeError is a ValueError: over HTTP, ids and names may be any bytes.
+        return Request(sequence_id, start, end, {}, refusal=_unreadable(error))
+
+
+def _unreadable(error: Exception) -> RequestError:
+    return RequestError(Code.BAD_PARAMETER, f"the request cannot be read: {error}")
+
+
+@lru_cache(maxsize=1024)
+def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a packed tensor of this shape."""
+    return torch.empty(shape, device="meta").stride()
+
+
+def output_tensor(name: str, value: Tensor | str) -> Any:
+    """An output in Triton's type; a text is one element of BYTES, ``[1, 1]``."""
+    if isinstance(value, str):
+        return pb_utils.Tensor(name, np.array([[value.encode()]], dtype=np.object_))
+    # Triton compares strides also where an extent is 1, for which PyTorch takes any as contiguous.
+    packed = value.contiguous().as_strided(value.shape, _packed_strides(value.shape))
+    return pb_utils.Tensor.from_dlpack(name, torch.to_dlpack(packed))  # type: ignore[attr-defined]  # torch does not list it
 
 
 class _StepRequests:

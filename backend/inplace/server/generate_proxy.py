@@ -17,9 +17,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from inplace.drivers.queues import StartQueue
 from inplace.errors import Code, RequestError, backend_failure
-from inplace.parameters import BY_NAME, MAX_COUNT, RequestKind, parse_parameters
+from inplace.log_lines import log_line
+from inplace.parameters import (
+    BY_NAME,
+    MAX_COUNT,
+    RequestKind,
+    parse_parameters,
+)
 from inplace.protocol import (
     FETCH,
     FINISH_REASON,
@@ -33,15 +38,14 @@ from inplace.protocol import (
     STREAM_INTERVAL,
     TEXT,
     TOKENS,
+    logprob_outputs,
 )
-from inplace.runtime.observer import log_line
-from inplace.runtime.requests import Request, SamplingParams
+from inplace.runtime.fairness import StartQueue, fairness_group
 from inplace.schema.proxy import ProxyFile
 from inplace.server.messages import (
     FLAG_END,
     FLAG_START,
     RecentResponses,
-    TritonChannel,
     error_response,
     read_id,
 )
@@ -114,7 +118,7 @@ class GenerateProxy:
         for request in requests:
             if self._warmups_left:
                 self._warmups_left -= 1
-                TritonChannel(request).send({}, final=True)
+                _send_final(request.get_response_sender())
                 continue
             proxied = _ProxiedRequest(
                 self._model,
@@ -126,7 +130,8 @@ class GenerateProxy:
                 self._fetching,
             )
             if len(self._running) >= self._max_requests and not self._make_room(proxied):
-                TritonChannel(request).send_error(self._queue_full())
+                error = error_response(request, self._queue_full()).error()
+                _send_final(request.get_response_sender(), error)
                 continue
             self._running[proxied.sequence_id] = proxied
             self._threads.submit(self._run, proxied)
@@ -197,7 +202,7 @@ class _ProxiedRequest:
 
     Attributes:
         sequence_id: the correlation id of its sequence, chosen at random.
-        group: what it shares its turn to start with; see `Request.fairness_group`.
+        group: what it shares its turn to start with; see `fairness_group`.
         proceed: set when it may start, or has been stopped.
     """
 
@@ -251,7 +256,7 @@ class _ProxiedRequest:
         # is being unloaded crashes the server (`inplace.server.own_requests`).
         with self._lock:
             self._finished = True
-            self._send_final(error)
+            _send_final(self._sender, error)
 
     def cancelled(self) -> bool:
         """Whether the client has cancelled or left before the final response."""
@@ -344,13 +349,6 @@ class _ProxiedRequest:
             ) from None
         return responses[0] if responses else None
 
-    def _send_final(self, error: Any) -> None:
-        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        if error is None:
-            self._sender.send(flags=final)
-        else:
-            self._sender.send(pb_utils.InferenceResponse(error=error), flags=final)
-
     def _start_request(self) -> Any:
         """The request to the stream model that starts the sequence and its generation.
 
@@ -391,7 +389,7 @@ class _ProxiedRequest:
         if self._requested >= self._outputs:  # Triton names all of them where the client names none
             logprobs = values.get(LOGPROBS)
             assert logprobs is None or isinstance(logprobs, int)
-            self._requested -= LOGPROB_DIMS.keys() - SamplingParams(logprobs=logprobs).outputs
+            self._requested -= LOGPROB_DIMS.keys() - logprob_outputs(logprobs)
         # The backend reads numbers from texts too; a BLS request takes no float parameters. With
         # `stream_interval` a request of ours would stay unanswered and keep others from being sent.
         passed = {
@@ -410,9 +408,7 @@ class _ProxiedRequest:
         """The group of a request that may be refused later."""
         try:
             parameters = json.loads(self._request.parameters() or "{}")
-            return Request(
-                self.sequence_id, True, False, {}, parameters=parameters
-            ).fairness_group()
+            return fairness_group(self.sequence_id, parameters)
         except (ValueError, RequestError):
             return str(self.sequence_id).encode()
 
@@ -440,6 +436,15 @@ class _ProxiedRequest:
                     log.debug(log_line("proxy", sequence=self.sequence_id, end_refused=reason))
         except Exception as error:  # the stream model is unloaded, and its sequences are gone
             log.info(log_line("proxy", sequence=self.sequence_id, not_ended=str(error)))
+
+
+def _send_final(sender: Any, error: Any = None) -> None:
+    """Send the final response: Triton's error, or nothing."""
+    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    if error is None:
+        sender.send(flags=final)
+    else:
+        sender.send(pb_utils.InferenceResponse(error=error), flags=final)
 
 
 def _no_tokens() -> Any:

@@ -9,7 +9,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import grpc
@@ -29,6 +29,7 @@ class Burst:
         rounds: generations of each stream, one after the other.
         prompt, tokens: tokens of a prompt, and of a generation.
         vocabulary: prompts are of tokens below this.
+        keeps_tokens: whether prompts and generated tokens are returned.
     """
 
     url: str
@@ -40,22 +41,31 @@ class Burst:
     prompt: int
     tokens: int
     vocabulary: int
+    keeps_tokens: bool = False
 
 
 @dataclass
 class TimedGeneration:
-    """One generation in Unix seconds; ``responses`` has the time and the tokens of each."""
+    """One generation in Unix seconds; ``responses`` has the time and the tokens of each.
+
+    ``prompt`` and ``tokens`` are empty where they are not kept.
+    """
 
     sent: float
     responses: list[tuple[float, int]]
+    prompt: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+def prompt_of(burst: Burst, stream: int, round_index: int) -> list[int]:
+    """Random tokens, the same in every run."""
+    source = random.Random(f"{stream} {round_index}")
+    return source.choices(range(burst.vocabulary), k=burst.prompt)
 
 
 def request(burst: Burst, stream: int, round_index: int) -> Any:
     """One generation, its slot freed when it finishes."""
-    ids = np.array(
-        random.Random(f"{stream} {round_index}").choices(range(burst.vocabulary), k=burst.prompt),
-        np.int64,
-    )
+    ids = np.array(prompt_of(burst, stream, round_index), np.int64)
     message = pb.ModelInferRequest(model_name=burst.model)
     message.inputs.add(name="input_ids", datatype="INT64", shape=[1, len(ids)])
     message.raw_input_contents.append(ids.tobytes())
@@ -74,8 +84,9 @@ async def run(burst: Burst, stub: Any, stream: int) -> list[TimedGeneration]:
     call = stub.ModelStreamInfer()
     messages = [request(burst, stream, round_index) for round_index in range(burst.rounds)]
     await asyncio.sleep(max(0.0, burst.begin - time.time()))
-    for message in messages:
-        generation = TimedGeneration(time.time(), [])
+    for round_index, message in enumerate(messages):
+        prompt = prompt_of(burst, stream, round_index) if burst.keeps_tokens else []
+        generation = TimedGeneration(time.time(), [], prompt)
         await call.write(message)
         final = False
         while not final:
@@ -86,6 +97,9 @@ async def run(burst: Burst, stub: Any, stream: int) -> list[TimedGeneration]:
                 )
             infer_response = response.infer_response
             generation.responses.append((time.time(), infer_response.outputs[0].shape[1]))
+            if burst.keeps_tokens:
+                raw = infer_response.raw_output_contents[0]
+                generation.tokens += np.frombuffer(raw, np.int64).tolist()
             final = infer_response.parameters["triton_final_response"].bool_param
         if sum(tokens for _, tokens in generation.responses) != burst.tokens:
             raise RuntimeError(

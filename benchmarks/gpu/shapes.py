@@ -18,29 +18,34 @@ def _shape(
     vocabulary: int,
     theta: float,
     most: int,
+    head_size: int = 64,
+    *,
+    tied: bool = True,
 ) -> LlamaConfig:
     return LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=64,
+        head_dim=head_size,
         intermediate_size=intermediate,
         vocab_size=vocabulary,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
         max_position_embeddings=most,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
 
 
 SHAPES: dict[str, LlamaConfig] = {
     "135m": _shape(30, 576, 9, 3, 1536, 49152, 1e5, 8192),
     "1b": _shape(16, 2048, 32, 8, 8192, 128256, 5e5, 131072),
+    "8b": _shape(32, 4096, 32, 8, 14336, 128256, 5e5, 131072, 128, tied=False),
+    "tiny": _shape(2, 128, 2, 1, 256, 512, 1e4, 4096),
 }
-"""SmolLM2-135M, and Llama-3.2-1B without its scaling of the rotary frequencies.
+"""SmolLM2-135M, and Llama-3.2-1B and 3.1-8B without their scaling of the rotary frequencies.
 
-The scaling costs nothing in a step.
+The scaling costs nothing in a step. ``tiny`` is to try a benchmark itself.
 """
 
 
@@ -87,7 +92,7 @@ PREFILL_SHAPE, PREFILL_CAPACITY, PREFILL_TOKENS = "1b", 1024, 512
 
 
 def weight_bytes(shape: str) -> int:
-    """Bytes of the weights in bfloat16, the tied embedding once: what every step reads."""
+    """Bytes of the weights in bfloat16 that every step reads: not the embedding, but the head."""
     config = SHAPES[shape]
     hidden, heads, kv_heads = (
         config.hidden_size,

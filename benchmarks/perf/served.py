@@ -26,6 +26,7 @@ def served(
     serve: Serve,
     *,
     instances: int = 1,
+    gpus: tuple[int, ...] = (),
     shared: bool = False,
     nothing: bool = False,
 ) -> Iterator[TritonServer]:
@@ -36,7 +37,8 @@ def served(
             for this protocol.
         manifest: of its engine.
         serve: the protocol.
-        instances: processes, each with an engine and an arena of its own.
+        instances: processes on each GPU, each with an engine and an arena of its own.
+        gpus: those that serve it; empty for those of the model's own configuration.
         shared: they use the engine and the arena of the first.
         nothing: a model with the same configuration that computes nothing, in its place.
     """
@@ -45,6 +47,8 @@ def served(
         text_settings = TextSettings() if serve == "stream" else None
         config = model_config(manifest, BuildOptions(serve=serve), text_settings).proto()
     config.instance_group[0].count = instances
+    if gpus:
+        config.instance_group[0].gpus[:] = gpus
     if shared:
         config.parameters[SHARE_ENGINE].string_value = "on"
     text = text_format.MessageToString(config)

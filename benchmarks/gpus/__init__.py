@@ -1,0 +1,1 @@
+"""One model on several GPUs of a host, through one server."""

@@ -24,6 +24,7 @@ from inplace.plugins import (
     SampleOptionsOperation,
     SelectiveScanOperation,
     UpdateOperation,
+    WeightedSumOperation,
 )
 from inplace.plugins.recurrences import RecurrentOperation
 from inplace.trt import TensorRT, load_tensorrt
@@ -234,6 +235,7 @@ def _recurrence(operation: RecurrentOperation, *inputs: Tensor) -> list[Tensor]:
 _COMPUTE: dict[type[Operation], Callable[..., list[Tensor]]] = {
     LinearOperation: _linear,
     GroupedLinearOperation: _grouped_linear,
+    WeightedSumOperation: lambda _, x, weights: [ops.weighted_sum(x, weights)],
     RmsNormOperation: lambda operation, x, weight: [ops.rms_norm(x, weight, operation.eps)],
     ArgmaxOperation: lambda _, scores: [ops.argmax(scores)],
     SampleOperation: lambda _, *inputs: [ops.sample(*inputs)],

@@ -23,6 +23,7 @@ from inplace.plugins import (
     RmsNormOperation,
     SelectiveScanOperation,
     UpdateOperation,
+    WeightedSumOperation,
     plugins,
 )
 from inplace.plugins.recurrences import RecurrentOperation
@@ -73,6 +74,7 @@ EXAMPLES: list[Operation] = [
     SelectiveScanOperation(skip=True, readers=1),
     DeltaRuleOperation(),
     LinearRecurrenceOperation(readers=2),
+    WeightedSumOperation(width=2048),
     AttentionOperation(
         heads=8,
         kv_heads=2,

@@ -175,12 +175,23 @@ def grouped_linear(
 
 
 def weighted_sum(
-    *, x: Memory, weights: Memory, out: Memory, tokens: int, per_token: int, width: int
+    *,
+    x: Memory,
+    weights: Memory,
+    out: Memory,
+    tokens: int,
+    per_token: int,
+    width: int,
+    pdl: bool = False,
 ) -> None:
-    """Launch `inplace.operators.weighted_sum` on the current stream; all memory is contiguous."""
+    """Launch `inplace.operators.weighted_sum` on the current stream; all memory is contiguous.
+
+    ``pdl``: use programmatic dependent launch (compute capability 9.0 or later).
+    """
     block = min(SUM_BLOCK, triton.next_power_of_2(width))
+    launch: dict[str, Any] = {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
     sum_pairs_kernel[(tokens, triton.cdiv(width, block))](
-        x, weights, out, width, PER_TOKEN=per_token, BLOCK_N=block, num_warps=4
+        x, weights, out, width, PER_TOKEN=per_token, BLOCK_N=block, num_warps=4, **launch
     )
 
 

@@ -251,9 +251,12 @@ def many_pairs_kernel(
 
 @triton.jit
 def sum_pairs_kernel(
-    x, weights, out, width, PER_TOKEN: tl.constexpr, BLOCK_N: tl.constexpr
+    x, weights, out, width, PER_TOKEN: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """Program (token, block of columns): the weighted sum over the pairs of the token."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)

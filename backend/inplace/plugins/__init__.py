@@ -9,6 +9,7 @@ from inplace.plugins.operations import (
     SampleOperation,
     SampleOptionsOperation,
     UpdateOperation,
+    WeightedSumOperation,
 )
 from inplace.plugins.plugin import OPERATIONS, Launch, Operation, Plugins, plugins, register
 from inplace.plugins.recurrences import (
@@ -35,6 +36,7 @@ __all__ = [
     "SampleOptionsOperation",
     "SelectiveScanOperation",
     "UpdateOperation",
+    "WeightedSumOperation",
     "plugins",
     "register",
 ]

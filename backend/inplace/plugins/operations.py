@@ -12,6 +12,7 @@ from inplace.kernels.grouped_linear import (
     GroupedLinearSpec,
     grouped_linear,
     grouped_linear_workspace,
+    weighted_sum,
 )
 from inplace.kernels.gumbel import MAX_LOGPROBS
 from inplace.kernels.linear import LinearSpec, linear, linear_workspace, rms_norm
@@ -187,6 +188,47 @@ class GroupedLinearOperation(Operation):
             tokens=tokens,
             experts_per_token=experts_per_token,
             shared=len(call.shapes[0]) == 2,
+            pdl=call.pdl,
+        )
+
+
+@register
+@dataclass(frozen=True)
+class WeightedSumOperation(Operation):
+    """``inplace::weighted_sum``. Inputs: x, weights."""
+
+    name: ClassVar[str] = "InplaceWeightedSum"
+
+    width: int
+
+    @property
+    def input_count(self) -> int:
+        """X and the weights."""
+        return 2
+
+    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
+        """The result has x's dtype; the weights may have any."""
+        return dtypes[position] in FLOATS and (position != 2 or dtypes[2] is dtypes[0])
+
+    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """X's."""
+        return [inputs[0]]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """A vector for each token."""
+        return [[inputs[0][0], self.width]]
+
+    def launch(self, call: Launch) -> None:
+        """Launch `inplace.kernels.grouped_linear.weighted_sum`."""
+        x, weights = call.inputs
+        tokens, per_token, _ = call.shapes[0]
+        weighted_sum(
+            x=x,
+            weights=weights,
+            out=call.outputs[0],
+            tokens=tokens,
+            per_token=per_token,
+            width=self.width,
             pdl=call.pdl,
         )
 

@@ -108,7 +108,7 @@ def _llama4(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     scaled = x.unsqueeze(1) * scores.unsqueeze(-1)
     gate, up = grouped_linear(scaled, ids, experts.gate_up_proj, transposed=True).chunk(2, -1)
     out = grouped_linear(up * experts.act_fn(gate), ids, experts.down_proj, transposed=True)
-    return module.shared_expert(x) + out.sum(1), logits
+    return module.shared_expert(x) + weighted_sum(out, torch.ones_like(scores)), logits
 
 
 def _jetmoe_route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ from inplace.plugins import (
     SampleOptionsOperation,
     SelectiveScanOperation,
     UpdateOperation,
+    WeightedSumOperation,
     plugins,
 )
 from inplace.trt import TensorRT
@@ -174,6 +175,9 @@ def _gathered_linear(
 @converter(inplace.weighted_sum.default)
 def _weighted_sum(ctx: Network, x: ITensor, weights: ITensor) -> ITensor:
     """The weighted sum over the experts of each token, in float32."""
+    if _has_plugins(ctx.tensorrt):
+        operation = WeightedSumOperation(width=ctx.meta(ctx.node.args[0]).shape[2])
+        return _add(ctx, operation, [x, weights])[0]
     value, factor = (ctx.cast(each, torch.float32) for each in (x, weights))
     product = ctx.multiply(value, ctx.unsqueeze(factor, [2]))
     return ctx.cast(ctx.reduce("SUM", product, [1], keep=False), ctx.dtype_of(x))

@@ -327,7 +327,8 @@ def _recurrent(
 
     def fold(each: Any, axis: int) -> Any:
         tensor = each.rows if isinstance(each, RowTensor) else each.expand(rows, *each.shape)
-        return tensor.movedim(0, axis).flatten(axis, axis + 1)
+        # on a GPU the operators want states that are contiguous
+        return tensor.movedim(0, axis).flatten(axis, axis + 1).contiguous()
 
     def unfold(tensor: Any, axis: int) -> Any:
         return tensor.unflatten(axis, (rows, tensor.shape[axis] // rows)).movedim(axis, 0)

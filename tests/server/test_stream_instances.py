@@ -215,3 +215,28 @@ def test_generations_of_one_request_each_get_the_slots_of_both(twins: Twins) -> 
         assert talks[every].collect() == twins.expected(prompt(1, 5), 5)
     for instance in BOTH:
         twins.settles(instance, {LIVE: 0, FREE: SLOTS})
+
+
+def test_new_sequences_go_to_the_instance_with_most_free_slots(twins: Twins) -> None:
+    """Triton divides them evenly, whatever ended where."""
+    half = SLOTS // 2
+    with ExitStack() as stack:
+        talks = {f"first{seed}": stack.enter_context(twins.talk()) for seed in range(SLOTS)}
+        for seed, (name, talk) in enumerate(talks.items()):
+            talk.send(name, prompt(seed, 5), ENDLESS, start=True, end=True)
+            talk.collect(1)
+        home = twins.home("first", SLOTS)
+        assert list(home.values()).count(0) == half
+        for name, talk in talks.items():
+            if home[name] == 0:
+                talk.drop()
+        twins.settles(0, {LIVE: 0, FREE: SLOTS})
+        for seed in range(half):
+            talk = stack.enter_context(twins.talk())
+            talk.send(f"next{seed}", prompt(seed, 5), ENDLESS, start=True, end=True)
+            assert talk.collect(10).tokens[:10] == twins.expected(prompt(seed, 5), 10).tokens
+        assert set(twins.home("next", half).values()) == {0}
+        for instance in BOTH:
+            twins.settles(instance, {LIVE: half, FREE: SLOTS - half})
+    for instance in BOTH:
+        twins.settles(instance, {LIVE: 0, FREE: SLOTS})

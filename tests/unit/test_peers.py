@@ -12,8 +12,8 @@ import torch
 from inplace.errors import Code, RequestError
 from inplace.protocol import FROM, POSITION, SEQUENCE_KEY
 from inplace.runtime.requests import Request
+from inplace.server.addresses import Address, is_child_of, listening_sockets
 from inplace.server.frames import decode, encode, read_request, read_texts, request_frame
-from inplace.server.peers import Address, is_child_of, listening_sockets
 from inplace.server.relay import engine_owner
 from torch import Tensor
 

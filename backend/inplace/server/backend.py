@@ -36,11 +36,11 @@ from inplace.runtime.schedules import open_model
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
 from inplace.schema.snapshots import SnapshotOptions
+from inplace.server.addresses import Address
 from inplace.server.logs import instance_gpu
 from inplace.server.messages import FLAG_END, FLAG_START, error_response, read_id
 from inplace.server.model_config import check_model_config, model_tensors
 from inplace.server.own_requests import Admission, ModelPlaces
-from inplace.server.peers import Address
 from inplace.server.relay import StepRelay, StreamRelay, engine_owner
 from inplace.server.reports import TritonMetrics
 from inplace.server.routing import StepRouter, StreamRouter

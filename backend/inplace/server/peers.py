@@ -1,26 +1,20 @@
 """Connections between the instances of one model, which are processes of one server.
 
-An instance listens on an abstract socket of Linux (unix(7)), whose name has the server's process id
-and digests of the model and of the instance. The kernel says which process is at the other end
-(``SO_PEERCRED``): only children of the same server are spoken to. What passes over a connection is
-in `inplace.server.frames`.
+Only children of the same server are spoken to (`inplace.server.addresses`). What passes over a
+connection is in `inplace.server.frames`; the first byte carries the memory that says how many slots
+are free there (`inplace.server.balance`).
 """
 
 import contextlib
-import hashlib
 import itertools
 import logging
-import os
 import queue
 import socket
-import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from time import monotonic, monotonic_ns
-from typing import Any, Protocol, Self
+from time import monotonic
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -29,6 +23,8 @@ from inplace.drivers.reply import Channel, Outputs
 from inplace.drivers.shutdown import unloading
 from inplace.errors import Code, RequestError
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState
+from inplace.server.addresses import Address, is_child_of, listening_sockets, newest
+from inplace.server.balance import SlotBoard, SlotReader
 from inplace.server.frames import (
     Frame,
     decode,
@@ -39,14 +35,6 @@ from inplace.server.frames import (
     read_texts,
     request_frame,
 )
-
-PREFIX = "inplace"
-"""The names of all our sockets begin so."""
-
-
-LISTENING = "00010000"
-"""The flags of a listening socket in ``/proc/net/unix`` (proc(5))."""
-
 
 LIST_INTERVAL = 0.25
 """Seconds for which a list of the other instances is used."""
@@ -64,10 +52,6 @@ RECEIVE_BYTES = 1 << 20
 """Bytes read from a socket at once."""
 
 
-CREDENTIALS = struct.Struct("3i")
-"""Process, user and group of ``SO_PEERCRED``."""
-
-
 log = logging.getLogger("inplace")
 
 
@@ -79,105 +63,6 @@ class PeerLostError(RequestError):
             Code.ENGINE_FAILED,
             "the instance of the model that had this sequence has ended; START again",
         )
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where an instance listens.
-
-    Attributes:
-        server: the process id of the server.
-        model: digest of the engine and of the configuration.
-        instance: digest of the instance's name and device.
-        since: when it began to listen, in monotonic nanoseconds.
-        process: its process id.
-    """
-
-    server: int
-    model: str
-    instance: str
-    since: int
-    process: int
-
-    @classmethod
-    def of(cls, args: Mapping[str, str], engine: str) -> Self:
-        """The address of this process.
-
-        Args:
-            args: what Triton passes to ``initialize``.
-            engine: digest of the engine's files.
-        """
-        model = (args["model_name"], args["model_version"], args["model_config"], engine)
-        instance = (args["model_instance_name"], args.get("model_instance_device_id", "0"))
-        return cls(os.getppid(), _digest(*model), _digest(*instance), monotonic_ns(), os.getpid())
-
-    @property
-    def name(self) -> str:
-        """The name of the socket, without the NUL byte before it."""
-        parts = (self.server, self.model, self.instance, self.since, self.process)
-        return "/".join((PREFIX, *map(str, parts)))
-
-    @classmethod
-    def read(cls, name: str) -> Self | None:
-        """The address with this name; None if it is not one."""
-        parts = name.split("/")
-        if len(parts) != 6 or parts[0] != PREFIX:
-            return None
-        _, server, model, instance, since, process = parts
-        if not all(part.isascii() and part.isdigit() for part in (server, since, process)):
-            return None
-        return cls(int(server), model, instance, int(since), int(process))
-
-    def others(self, listening: Iterable[str]) -> "list[Address]":
-        """The other instances of the model, of all names of sockets that listen."""
-        newest = self._newest(listening)
-        newest.pop(self.instance, None)
-        return sorted(newest.values(), key=lambda each: each.instance)
-
-    def listener(self, listening: Iterable[str]) -> "Address | None":
-        """The process of this instance that listens now; None if none does."""
-        return self._newest(listening).get(self.instance)
-
-    def _newest(self, listening: Iterable[str]) -> "dict[str, Address]":
-        """The instances of the model.
-
-        While a model is loaded again, its old processes still listen: of each instance the newest
-        counts.
-        """
-        newest: dict[str, Address] = {}
-        for name in listening:
-            each = Address.read(name)
-            if each is None or (each.server, each.model) != (self.server, self.model):
-                continue
-            if each.instance not in newest or each.since > newest[each.instance].since:
-                newest[each.instance] = each
-        return newest
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
-
-
-def listening_sockets(path: Path = Path("/proc/net/unix")) -> list[str]:
-    """The names of the abstract sockets that listen on this machine."""
-    names = []
-    for line in path.read_text().splitlines():
-        fields = line.split(maxsplit=7)
-        if len(fields) == 8 and fields[3] == LISTENING and fields[7].startswith("@"):
-            names.append(fields[7][1:])
-    return names
-
-
-def is_child_of(server: int, connected: socket.socket) -> bool:
-    """Whether the process at the other end is a child of the server."""
-    packed = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-    process = CREDENTIALS.unpack(packed)[0]
-    try:
-        # The name of the program may have spaces and brackets; state and parent come after it.
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it has ended
-        return False
-    return int(fields[1]) == server
 
 
 class Connection:
@@ -290,14 +175,20 @@ class Peer:
         try:
             connected.settimeout(CONNECT_TIMEOUT)
             connected.connect(f"\0{address.name}")
-            connected.settimeout(None)
             if not is_child_of(address.server, connected):
                 raise ConnectionRefusedError(f"{address.name} is not a process of this server")
+            self._free_slots = SlotReader(connected)
+            connected.settimeout(None)
         except OSError:
             connected.close()
             raise
         self._connection = Connection(connected, self._on_frames, self._on_closed)
         self._connection.send(encode({"type": "hello", "nonce": nonce, "relays": relays}, {}))
+
+    @property
+    def free_slots(self) -> int:
+        """How many slots are free there, less the sequences that it is about to start."""
+        return self._free_slots.read()
 
     def forward(self, arrivals: Sequence[Arrival]) -> list[int]:
         """Have requests that came together answered there, each through its channel.
@@ -399,7 +290,12 @@ class Peers:
                 for address in self._address.others(listening_sockets()):
                     if address not in self._peers or self._peers[address].closed:
                         self._connect(address)
-            return [peer for peer in self._peers.values() if not peer.closed]
+        return self.connected()
+
+    def connected(self) -> list[Peer]:
+        """Those that there is a connection to."""
+        peers = {each: peer for each, peer in self._peers.copy().items() if not peer.closed}
+        return [peers[each] for each in newest(peers).values()]
 
     def close(self) -> None:
         """Close the connections, and make no more."""
@@ -458,7 +354,8 @@ class PeerServer:
         serve_relayed: serves those of instances without an engine, wherever they belong.
         is_live: whether a sequence owns a slot here, or in an instance that this one forwards to.
         nonce: marks this instance's own requests to the model.
-        on_greeting: called with the same of an instance that has connected.
+        board: says how many slots are free here.
+        on_greeting: called with the nonce of an instance that has connected.
 
     Raises:
         OSError: the socket cannot be made.
@@ -471,9 +368,10 @@ class PeerServer:
         serve_relayed: Callable[[list[Arrival]], None],
         is_live: Callable[[SequenceId], bool],
         nonce: str,
+        board: SlotBoard,
         on_greeting: Callable[[str], None],
     ) -> None:
-        self._address, self._is_live = address, is_live
+        self._address, self._is_live, self._board = address, is_live, board
         self._serve, self._serve_relayed = serve, serve_relayed
         self._on_greeting = on_greeting
         self._own_nonces, self._nonces = {nonce}, {nonce}  # those of relays are our own
@@ -535,6 +433,7 @@ class PeerServer:
             if not is_child_of(self._address.server, connected):
                 connected.close()
                 continue
+            self._board.send(connected)
             self._connections[Connection(connected, self._on_frames, self._on_closed)] = {}
 
     def _on_frames(self, connection: Connection, frames: list[Frame]) -> None:

@@ -19,6 +19,7 @@ from inplace.runtime.batcher import Answer
 from inplace.runtime.observer import Observer
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
+from inplace.server.addresses import Address, listening_sockets
 from inplace.server.forwarding import (
     AnswerChannel,
     CancellationWatch,
@@ -26,7 +27,7 @@ from inplace.server.forwarding import (
     RoutedChannel,
     Routes,
 )
-from inplace.server.peers import LIST_INTERVAL, Address, Peer, PeerLostError, listening_sockets
+from inplace.server.peers import LIST_INTERVAL, Peer, PeerLostError
 
 log = logging.getLogger("inplace")
 

@@ -1,8 +1,9 @@
 """Sequences over the instances of a model: each belongs to one, whichever Triton sends it to.
 
-Triton leaves a sequence with the instance that it chose at START. An instance that cannot admit a
-START, because all of its slots are taken, offers it to the others. Requests of a sequence that
-another instance has admitted are forwarded to it.
+Triton leaves a sequence with the instance that it chose at START. That one sends a new sequence to
+the instance with most free slots (`inplace.server.balance`); a START that cannot be admitted there
+is offered to the others. Requests of a sequence that another instance has admitted are forwarded to
+it.
 """
 
 import itertools
@@ -18,10 +19,13 @@ from inplace.drivers import Arrival, StepDriver, StreamDriver
 from inplace.drivers.reply import Outputs
 from inplace.drivers.senders import CANCEL_CHECK_INTERVAL
 from inplace.errors import Code, RequestError, backend_failure
+from inplace.protocol import FROM
 from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState
+from inplace.server.addresses import Address
+from inplace.server.balance import Balance
 from inplace.server.forwarding import (
     AnswerChannel,
     CancellationWatch,
@@ -29,7 +33,7 @@ from inplace.server.forwarding import (
     RoutedChannel,
     Routes,
 )
-from inplace.server.peers import Address, Peer, PeerLostError, Peers, PeerServer
+from inplace.server.peers import Peer, PeerLostError, Peers, PeerServer
 
 log = logging.getLogger("inplace")
 
@@ -54,12 +58,20 @@ class _Router:
         serve_relayed: Callable[[list[Arrival]], None],
     ) -> None:
         self._table, self._observer, self._places = instance.table, instance.observer, places
+        self._balance = Balance(instance.table)
         self._routes = Routes(places, self._observer)
         self._peers = Peers(address, self, places.nonce)
         self._server = self._routes.server = PeerServer(
-            address, serve, serve_relayed, self._is_served, places.nonce, self._on_greeting
+            address,
+            serve,
+            serve_relayed,
+            self._is_served,
+            places.nonce,
+            self._balance.board,
+            self._on_greeting,
         )
         self._observer.forward_to(self._server)
+        self._observer.forward_to(self)
         places.watch_starts(self._on_foreign_start)
         self._server.start()
         self._peers.refresh()
@@ -69,6 +81,29 @@ class _Router:
 
     def _is_served(self, sequence_id: SequenceId) -> bool:
         return self._is_live(sequence_id) or self._routes.get(sequence_id) is not None
+
+    def _destination(self, request: Request) -> Peer | None:
+        """Where a START is sent first, if no other instance has its sequence; None is here.
+
+        A copy goes to the original, and what begins empty to the instance with most free slots.
+        The others may continue a sequence, which this instance may have.
+        """
+        if FROM in request.parameters:
+            return self._routes.source(request)
+        if not request.begins_empty or self._is_live(request.sequence_id):
+            return None
+        return self._most_free()
+
+    def _most_free(self) -> Peer | None:
+        return self._balance.most_free(self._peers.connected())
+
+    def sequence_started(self, sequence: SequenceState) -> None:
+        """A sequence was given a slot here."""
+        self._balance.publish()
+
+    def sequence_ended(self, sequence: SequenceState, reason: EndReason) -> None:
+        """A sequence gave its slot back here."""
+        self._balance.publish()
 
     def _on_greeting(self, nonce: str) -> None:
         """Another instance has connected, which may have begun later than this one."""
@@ -101,20 +136,23 @@ class _Router:
 
 
 def final_error(
-    request: Request, errors: Sequence[tuple[Peer | None, RequestError]]
+    request: Request,
+    errors: Sequence[tuple[Peer | None, RequestError]],
+    most_free: Peer | None,
 ) -> tuple[Peer | None, bool]:
     """Where a START belongs that every instance has declined.
 
     Args:
         request: the START.
         errors: of every instance, this one (None) first.
+        most_free: the instance with most free slots.
 
     Returns:
         The instance, and whether the START may be admitted there after all: it may wait for a slot,
         or its sequence comes from the store of snapshots.
     """
     if request.asks_to_restore:
-        return errors[0][0], True
+        return most_free, True
     for peer, error in errors:
         if error.code is Code.NO_FREE_SLOT:
             return peer, True
@@ -174,13 +212,23 @@ class StepRouter(_Router):
 
     def _run(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer requests; forwarded ones run beside those of this instance."""
+        try:
+            answers = self._run_where_they_belong(requests)
+        finally:
+            for request in requests:
+                self._balance.forget(id(request))
+        return [answers[index] for index in range(len(requests))]
+
+    def _run_where_they_belong(self, requests: Sequence[Request]) -> dict[int, Answer]:
+        """The answers by the index of the request."""
         here: list[tuple[int, Request]] = []
         waits: dict[int, tuple[Peer, AnswerChannel]] = {}
         for index, request in enumerate(requests):
             asked = replace(request, offered=True) if request.start else request
             peer = self._routes.get(request.sequence_id)
-            if peer is None and request.start:
-                peer = self._routes.source(request)
+            if request.start:
+                peer = peer or self._destination(request)
+                self._balance.send(id(request), peer)
             if peer is None:
                 here.append((index, asked))
             else:
@@ -188,14 +236,16 @@ class StepRouter(_Router):
         answers: dict[int, Answer] = {}
         run = self._driver.run([request for _, request in here])
         for (index, request), answer in zip(here, run, strict=True):
+            self._balance.forget(id(requests[index]))
             answers[index] = self._or_elsewhere(request, None, answer)
         for index, (peer, channel) in waits.items():
             answer = channel.result()
             request = requests[index]
+            self._balance.forget(id(request))
             if request.start:
                 answer = self._or_elsewhere(replace(request, offered=True), peer, answer)
             answers[index] = answer
-        return [answers[index] for index in range(len(requests))]
+        return answers
 
     def _send(self, peer: Peer, request: Request) -> AnswerChannel:
         channel = AnswerChannel(request.requested_outputs or frozenset())
@@ -217,7 +267,7 @@ class StepRouter(_Router):
             assert isinstance(answer, RequestError)
             errors.append((target, answer))
         errors.sort(key=lambda each: each[0] is not None)
-        target, is_full = final_error(request, errors)
+        target, is_full = final_error(request, errors, self._most_free())
         return self._ask(target, replace(request, offered=False)) if is_full else errors[0][1]
 
     def _untried(self, asked: Peer | None) -> Iterator[Peer | None]:
@@ -329,7 +379,6 @@ class StreamRouter(_Router):
         self._lock = threading.RLock()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         super().__init__(driver.instance, address, places, driver.submit, self.submit)
-        self._observer.forward_to(self)
         self._thread = threading.Thread(target=self._run, name="inplace-route", daemon=True)
         self._thread.start()
 
@@ -362,9 +411,10 @@ class StreamRouter(_Router):
                 self._forward(peer, request, arrival, RoutedChannel(channel))
                 return None
             if peer is None:
-                peer = self._routes.source(request)
+                peer = self._destination(request)
             offer = _Offer(arrival, RoutedChannel(channel), peer)
             self._offers[request.sequence_id] = offer
+            self._balance.send(offer, peer)
             offered = replace(request, offered=True), texts, _OfferChannel(self, offer)
             if peer is None:
                 return offered
@@ -393,6 +443,7 @@ class StreamRouter(_Router):
         if offer.settled:
             return
         offer.settled = True
+        self._balance.forget(offer)
         request, peer = offer.request, offer.target
         if peer is not None and not refused and request.continues_sequence:
             self._routes.add(request.sequence_id, peer)  # it gets no new slot there
@@ -409,16 +460,18 @@ class StreamRouter(_Router):
         tried = [peer for peer, _ in offer.errors]
         if None not in tried:
             offer.target = None
+            self._balance.send(offer, None)
             self._driver.submit([(replace(request, offered=True), texts, channel)])
             return
         for peer in self._peers.all():
             if peer not in tried:
                 with self._lock:
                     arrival = replace(request, offered=True), texts, channel
+                    self._balance.send(offer, peer)
                     self._forward_offer(peer, offer, arrival)
                 return
         errors = sorted(offer.errors, key=lambda each: each[0] is not None)
-        target, is_full = final_error(request, errors)
+        target, is_full = final_error(request, errors, self._most_free())
         if not is_full:
             error = errors[0][1]
             self._observer.request_refused(
@@ -428,6 +481,7 @@ class StreamRouter(_Router):
             offer.channel.send_error(error)
             return
         offer.target, offer.settled = target, True
+        self._balance.forget(offer)
         if target is None:
             self._driver.submit([(request, texts, offer.channel)])
         else:
@@ -471,12 +525,10 @@ class StreamRouter(_Router):
 
     def sequence_started(self, sequence: SequenceState) -> None:
         """A sequence was given a slot here."""
+        super().sequence_started(sequence)
         offer = self._offers.get(sequence.id)
         if offer is not None and offer.target is None:
             self.settle(offer)
-
-    def sequence_ended(self, sequence: SequenceState, reason: EndReason) -> None:
-        """A sequence gave its slot back here."""
 
     def peer_started(self, peer: Peer, sequence_id: SequenceId) -> None:
         """A sequence was given a slot there."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 from inplace.schema.served import Manifest
-from inplace_builder.tools.one_command import FrontOptions, FrontProcess
+from inplace_builder.tools.front_process import FrontOptions, FrontProcess
 from inplace_builder.tools.tritonserver import Ports
 
 from benchmarks.generation.burst import Burst

@@ -24,7 +24,7 @@ from inplace_builder.errors import BuildError
 
 if TYPE_CHECKING:
     from inplace_builder.served.options import BuildOptions
-    from inplace_builder.tools.one_command import FrontProcess
+    from inplace_builder.tools.front_process import FrontProcess
     from inplace_builder.tools.tritonserver import TritonServer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -373,7 +373,7 @@ def serve(
     with_front = openai if openai is not None else model is not None
     if with_front:
         with _errors("serve", "server"):
-            from inplace_builder.tools.one_command import check_plain
+            from inplace_builder.tools.front_process import check_plain
 
             check_plain(arguments)
     if model is not None:
@@ -381,7 +381,7 @@ def serve(
             options = _build_options(dtype, capacity, slots, prompt_logprobs=prompt_logprobs)
             model_repository = _built(Path(model), cache, options)
     with _errors("serve", "server"):
-        from inplace_builder.tools.one_command import FrontOptions, FrontProcess
+        from inplace_builder.tools.front_process import FrontOptions, FrontProcess
         from inplace_builder.tools.tritonserver import Ports, TritonServer
 
         server = TritonServer(

@@ -8,7 +8,8 @@ from inplace.errors import InplaceError
 from inplace_builder.capture.sources import locate_model
 from inplace_builder.errors import BuildError
 from inplace_builder.served.options import BuildOptions
-from inplace_builder.tools.one_command import _content_key, check_plain, model_name
+from inplace_builder.tools.front_process import check_plain
+from inplace_builder.tools.one_command import _content_key, model_name
 
 OPTIONS = BuildOptions(serve="stream")
 

@@ -14,6 +14,8 @@ import pytest
         ("from inplace import Client, Sequence", {"torch", "pydantic"}),
         ("from inplace import Engine", {"tritonclient"}),
         ("import inplace.alive", {"torch", "pydantic"}),
+        ("import inplace_builder.tools.front_process", {"transformers"}),
+        ("import inplace_builder.tools.tritonserver", {"transformers"}),
     ],
 )
 def test_an_import_loads_only_what_the_name_needs(statement: str, absent: set[str]) -> None:

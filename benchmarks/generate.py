@@ -12,6 +12,8 @@ The clients measure tokens a second, time to the first token, and time between t
 k tokens counts as k times a k-th). The backend's metrics give the share of that time in which the
 engine was busy. Prints a line of JSON for each measurement, and writes all of them with machine,
 versions and command. `benchmarks.perf` measures single steps.
+
+With ``--beside vllm`` it compares Inplace with another server: `benchmarks.generation.comparison`.
 """
 
 import argparse
@@ -20,27 +22,28 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from inplace.schema.served import Manifest
 from inplace_builder.tools.tritonserver import TritonServer
 
+from benchmarks.generation import comparison
 from benchmarks.generation.burst import Burst
-from benchmarks.perf import generator
+from benchmarks.generation.clients import Target
+from benchmarks.generation.measured import described, run_burst
 from benchmarks.perf.served import served
-from benchmarks.perf.server import Counters
+from benchmarks.perf.server import Counters, engine_part
 from benchmarks.record import ROOT, facts
-
-STARTED = 4.0
-"""Seconds after which all client processes have begun."""
 
 
 def main() -> None:
     """Measure, print and write."""
+    if "--beside" in sys.argv[1:]:
+        comparison.main()
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,9 +97,8 @@ def main() -> None:
     for count in streams:
         document["generate"].append({"streams": count})
     with served(given.model, manifest, "stream") as server:
-        bursts(
-            server, replace(burst_of(given, server, manifest, 1), rounds=1, tokens=8), 1
-        )  # the first request loads what is lazy
+        lazy = replace(burst_of(given, server, manifest, 1), rounds=1, tokens=8)
+        run_burst(lazy, 1)  # the first request loads what is lazy
         for line in document["generate"]:
             line["served"] = generated(given, server, manifest, line["streams"])
             print(json.dumps(line), flush=True)
@@ -115,81 +117,29 @@ def write(out: Path | None, document: dict[str, Any]) -> None:
         out.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def target_of(server: TritonServer, manifest: Manifest) -> Target:
+    """The served model, over gRPC."""
+    vocabulary = comparison.vocabulary_of(manifest)
+    return Target("grpc", server.grpc_url, manifest.name, vocabulary)
+
+
 def burst_of(
     given: argparse.Namespace, server: TritonServer, manifest: Manifest, streams: int
 ) -> Burst:
     """All streams at once."""
-    limits = {spec.name: spec.maximum for spec in manifest.program("step").client_inputs}
-    vocabulary = (limits["input_ids"] or 0) + 1
-    return Burst(
-        server.grpc_url,
-        manifest.name,
-        0,
-        streams,
-        0.0,
-        given.rounds,
-        given.prompt,
-        given.tokens,
-        vocabulary,
-    )
-
-
-def bursts(server: TritonServer, burst: Burst, processes: int) -> list[dict[str, Any]]:
-    """Spread a burst over processes; all generations, times from the burst's beginning."""
-    burst = replace(burst, begin=time.time() + STARTED)
-    running, first = [], 0
-    for number in range(processes):
-        count = burst.streams // processes + (number < burst.streams % processes)
-        part = json.dumps(asdict(replace(burst, first=first, streams=count)))
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.generation.burst", part],
-                stdout=subprocess.PIPE,
-                cwd=ROOT,
-            )
-        )
-        first += count
-    generations = []
-    for process in running:
-        output, _ = process.communicate()
-        if process.returncode:
-            raise RuntimeError(
-                f"a client process ended with status {process.returncode}; see {server.log}"
-            )
-        generations += json.loads(output)
-    for one in generations:
-        one["sent"] -= burst.begin
-        one["responses"] = [(at - burst.begin, tokens) for at, tokens in one["responses"]]
-    return generations
+    target = target_of(server, manifest)
+    return Burst(target, streams, given.rounds, given.prompt, given.tokens)
 
 
 def generated(
     given: argparse.Namespace, server: TritonServer, manifest: Manifest, streams: int
 ) -> dict[str, Any]:
     """One number of streams, served."""
+    load = burst_of(given, server, manifest, streams)
     before = Counters.of(server, manifest.name)
-    generations = bursts(
-        server, burst_of(given, server, manifest, streams), min(given.clients, streams)
-    )
+    result = described(run_burst(load, given.clients))
     spent = Counters.of(server, manifest.name) - before
-    seconds = max(one["responses"][-1][0] for one in generations)
-    gaps, responses = [], 0
-    for one in generations:
-        responses += len(one["responses"])
-        for (last, _), (at, tokens) in zip(one["responses"], one["responses"][1:], strict=False):
-            gaps += [(at - last) / tokens] * tokens if tokens else []
-    return {
-        "seconds": seconds,
-        "tokens_per_second": len(generations) * given.tokens / seconds,
-        "first_token_us": generator.percentiles(
-            [one["responses"][0][0] - one["sent"] for one in generations]
-        ),
-        "inter_token_us": generator.percentiles(gaps),
-        "tokens_per_response": len(generations) * given.tokens / responses,
-        "engine_busy": spent.engine_s / seconds,
-        "engine_step_us": spent.engine_s / max(1, spent.steps) * 1e6,
-        "steps": spent.steps,
-    }
+    return result | engine_part(spent, result["seconds"])
 
 
 def beside(

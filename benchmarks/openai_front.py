@@ -14,12 +14,9 @@ end, which other programs on the machine hardly change.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from inplace.schema.served import Manifest
@@ -27,17 +24,12 @@ from inplace_builder.tools.front_process import FrontOptions, FrontProcess
 from inplace_builder.tools.tritonserver import Ports
 
 from benchmarks.generation.burst import Burst
-from benchmarks.perf import generator
+from benchmarks.generation.clients import Target
+from benchmarks.generation.measured import described, run_burst
 from benchmarks.perf.served import served
-from benchmarks.record import ROOT, facts
+from benchmarks.record import facts
 
-STARTED = 2.0
-"""Seconds after which the client process has begun."""
-
-WAYS = {
-    "grpc": "benchmarks.generation.burst",
-    "front": "benchmarks.generation.openai_burst",
-}
+WAYS: dict[str, Literal["grpc", "openai"]] = {"grpc": "grpc", "front": "openai"}
 
 
 def main() -> None:
@@ -82,17 +74,19 @@ def main() -> None:
     ):
         urls = {"grpc": server.grpc_url, "front": f"127.0.0.1:{options.port}"}
         limits = {spec.name: spec.maximum for spec in step.client_inputs}
-        sizes = given.prompt, given.tokens, (limits["input_ids"] or 0) + 1
-        base = Burst("", manifest.name, 0, 1, 0.0, given.rounds, *sizes)
-        for way in WAYS:  # the first request loads what is lazy
-            burst(way, replace(base, url=urls[way], rounds=1))
+        vocabulary = (limits["input_ids"] or 0) + 1
+        loads = {}
+        for way, api in WAYS.items():
+            target = Target(api, urls[way], manifest.name, vocabulary)
+            loads[way] = Burst(target, 1, given.rounds, given.prompt, given.tokens)
+            run_burst(replace(loads[way], rounds=1), 1)  # the first request loads what is lazy
         for count in streams:
             measured: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
             for _ in range(given.repeats):
                 for way, results in measured.items():
-                    own = replace(base, url=urls[way], streams=count)
+                    own = replace(loads[way], streams=count)
                     before = cpu_seconds(front)
-                    results.append(summary(burst(way, own), own))
+                    results.append(summary(run_burst(own, 1)))
                     spent = cpu_seconds(front) - before
                     if way == "front":
                         tokens = own.streams * own.rounds * own.tokens
@@ -104,24 +98,11 @@ def main() -> None:
         given.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def burst(way: str, given: Burst) -> list[dict[str, Any]]:
-    """All generations of a burst by a client process; times from its beginning."""
-    given = replace(given, begin=time.time() + STARTED)
-    command = [sys.executable, "-m", WAYS[way], json.dumps(asdict(given))]
-    output = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, check=True).stdout
-    generations: list[dict[str, Any]] = json.loads(output)
-    for one in generations:
-        one["sent"] -= given.begin
-        one["responses"] = [(at - given.begin, tokens) for at, tokens in one["responses"]]
-    return generations
-
-
-def summary(generations: list[dict[str, Any]], given: Burst) -> dict[str, float]:
+def summary(generations: list[dict[str, Any]]) -> dict[str, float]:
     """Tokens a second, and the times to the first token."""
-    seconds = max(one["responses"][-1][0] for one in generations)
-    first = [one["responses"][0][0] - one["sent"] for one in generations]
-    times = {f"first_token_us_{name}": us for name, us in generator.percentiles(first).items()}
-    return {"tokens_per_second": len(generations) * given.tokens / seconds, **times}
+    result = described(generations)
+    times = {f"first_token_us_{name}": us for name, us in result["first_token_us"].items()}
+    return {"tokens_per_second": result["tokens_per_second"], **times}
 
 
 def cpu_seconds(front: FrontProcess) -> float:

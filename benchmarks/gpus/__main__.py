@@ -31,7 +31,8 @@ from inplace.schema.served import Manifest
 from inplace_builder.choices import EngineKind
 from inplace_builder.tools.tritonserver import TritonServer
 
-from benchmarks.generate import burst_of, bursts, generated, write
+from benchmarks.generate import burst_of, generated, write
+from benchmarks.generation.measured import run_burst
 from benchmarks.gpus.killed import by_engine, measured
 from benchmarks.perf import generator
 from benchmarks.perf.__main__ import driven, loaded
@@ -174,7 +175,7 @@ class Shape:
             ready = time.monotonic() - begin
             burst = burst_of(given, server, self._manifest, streams)
             warm_up = replace(burst, rounds=1, tokens=8)
-            bursts(server, warm_up, given.clients)  # the first requests load what is lazy
+            run_burst(warm_up, given.clients)  # the first requests load what is lazy
             result = generated(given, server, self._manifest, streams)
             result |= {"ready_after_s": ready, "streams": streams}
             result["engines"] = self._engines(server, name)
@@ -186,7 +187,7 @@ class Shape:
         """Some generations of a burst with their tokens, of streams all over it."""
         burst = burst_of(self._given, server, self._manifest, streams)
         burst = replace(burst, rounds=1, keeps_tokens=True)
-        all_of_them = bursts(server, burst, min(self._given.clients, streams))
+        all_of_them = run_burst(burst, self._given.clients)
         every = max(1, len(all_of_them) // self._given.compared)
         chosen = all_of_them[::every][: self._given.compared]
         return [{"prompt": each["prompt"], "tokens": each["tokens"]} for each in chosen]

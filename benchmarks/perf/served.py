@@ -1,7 +1,7 @@
 """A built decoder on a real tritonserver, with the configuration that a measurement needs."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -29,6 +29,7 @@ def served(
     gpus: tuple[int, ...] = (),
     shared: bool = False,
     nothing: bool = False,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[TritonServer]:
     """Serve it under the name of its manifest.
 
@@ -41,6 +42,7 @@ def served(
         gpus: those that serve it; empty for those of the model's own configuration.
         shared: they use the engine and the arena of the first.
         nothing: a model with the same configuration that computes nothing, in its place.
+        settings: further parameters of its configuration.
     """
     config = text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
     if config.model_transaction_policy.decoupled != (serve == "stream"):
@@ -51,6 +53,8 @@ def served(
         config.instance_group[0].gpus[:] = gpus
     if shared:
         config.parameters[SHARE_ENGINE].string_value = "on"
+    for name, value in (settings or {}).items():
+        config.parameters[name].string_value = value
     text = text_format.MessageToString(config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "repository" / manifest.name

@@ -101,6 +101,15 @@ class Counters:
         return {"client_and_grpc": mean_us - sum(parts.values())} | parts
 
 
+def engine_part(spent: Counters, seconds: float) -> dict[str, float]:
+    """What the engine did in so many seconds of a load: its share, a step's time, its steps."""
+    return {
+        "engine_busy": spent.engine_s / seconds,
+        "engine_step_us": spent.engine_s / max(1, spent.steps) * 1e6,
+        "steps": spent.steps,
+    }
+
+
 def _metric(page: str, name: str, model: str) -> float:
     """A metric of one model, of all its instances."""
     values = re.findall(

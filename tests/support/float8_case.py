@@ -53,11 +53,11 @@ def check(
     )  # fmt: skip
     # rows are rounded to x's type before they become 8-bit floats, so not in float64
     wide = dtype if spec.quantizes(tokens) else torch.float64
-    x, bias, norm, residual = (
-        None if part is None else part.to("cpu", wide) for part in (x, bias, norm, residual)
+    bias, norm, residual = (
+        None if part is None else part.to("cpu", wide) for part in (bias, norm, residual)
     )
     expected = reference_linear(  # on the CPU: on a GPU it launches these kernels
-        x, weight.cpu(), bias, norm, residual, eps=spec.eps, activation=spec.activation,
+        x.to("cpu", wide), weight.cpu(), bias, norm, residual, eps=spec.eps, activation=spec.activation,
         gated=spec.gated, float_out=spec.quantizes(tokens), scale=scale.cpu(),
         scale_group=spec.scale_group, activation_rows=spec.activation_rows,
     )  # fmt: skip

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--gpus", default="0,1", help="their numbers, separated by commas")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--engine", choices=get_args(EngineKind), default="tensorrt")
-    parser.add_argument("--rows", type=int, default=64, help="build: rows and slots of an engine")
+    parser.add_argument("--rows", type=int, default=80, help="build: rows and slots of an engine")
     parser.add_argument("--capacity", type=int, default=1024, help="build: positions of a slot")
     parser.add_argument("--streams", type=int, default=64, help="for each GPU")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")

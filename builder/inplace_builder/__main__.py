@@ -5,6 +5,7 @@ quick, and a subcommand whose packages are not installed names the extra that br
 """
 
 import contextlib
+import os
 import signal
 import subprocess
 import threading
@@ -339,6 +340,13 @@ def serve(
             "--prompt-logprobs", help="Build MODEL for log-probabilities of prompts (echo)."
         ),
     ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs that models run on, an engine on each: all, or numbers such as 0,1; "
+            "default: those in config.pbtxt, which are all if it names none."
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address that tritonserver listens on.")] = "127.0.0.1",
     grpc_port: Annotated[
         int, typer.Option(help="Port of the gRPC endpoint; 0 chooses a free one.")
@@ -371,6 +379,12 @@ def serve(
     if model is not None and model.startswith("-"):  # an option of tritonserver
         arguments, model = [model, *arguments], None
     with_front = openai if openai is not None else model is not None
+    with _errors("serve", "server"):
+        numbers = None
+        if gpus is not None:
+            from inplace_builder.tools.gpus import checked_gpus
+
+            numbers = checked_gpus(_gpu_numbers(gpus))
     if with_front:
         with _errors("serve", "server"):
             from inplace_builder.tools.front_process import check_plain
@@ -381,21 +395,29 @@ def serve(
             options = _build_options(dtype, capacity, slots, prompt_logprobs=prompt_logprobs)
             model_repository = _built(Path(model), cache, options)
     with _errors("serve", "server"):
+        from inplace.server.trust import TRUST_MODELS
+
         from inplace_builder.tools.front_process import FrontOptions, FrontProcess
+        from inplace_builder.tools.gpus import on_gpus
         from inplace_builder.tools.tritonserver import Ports, TritonServer
 
-        server = TritonServer(
-            model_repository,
-            Ports(grpc=grpc_port, http=http_port, metrics=metrics_port),
-            host,
-            log=log_file,
-            arguments=arguments,
-            trust_models=trust_models,
-            start_timeout=start_timeout,
-        )
         interrupted = _interrupts()
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+            repository = model_repository
+            if numbers is not None:
+                repository = stack.enter_context(on_gpus(model_repository, numbers))
+                if trust_models is None and TRUST_MODELS not in os.environ:
+                    trust_models = [model_repository]
+            server = TritonServer(
+                repository,
+                Ports(grpc=grpc_port, http=http_port, metrics=metrics_port),
+                host,
+                log=log_file,
+                arguments=arguments,
+                trust_models=trust_models,
+                start_timeout=start_timeout,
+            )
             stack.enter_context(server)
             http, metrics = server.ports.http, server.ports.metrics
             console.print(

@@ -2,6 +2,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-long check format sync-client tables models docs lock bench perf whisper soak fuzz soak-openai clients chart gpu clean
 BIN := .venv/bin
+# Each process of the tests would compile all test files again.
+unexport PYTHONDONTWRITEBYTECODE
 # One process more than cores: tests of servers wait most of their time.
 PARALLEL := -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 

@@ -62,7 +62,7 @@ def test_the_process_of_a_proxy_has_no_pytorch(served: Served) -> None:
     mapped = [
         {Path(file.path).name for file in process.memory_maps()}
         for process in psutil.Process(served.server.process.pid).children()
-        if process.name().startswith("triton_python")
+        if process.name().startswith("triton_python") and process.status() != psutil.STATUS_ZOMBIE
     ]
     with InferenceServerClient(served.server.grpc_url) as client:
         models = client.get_model_repository_index().models

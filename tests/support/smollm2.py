@@ -11,6 +11,7 @@ from pathlib import Path
 from inplace.client import Sequence
 from inplace.schema.specs import Dtype
 from inplace_builder import load_decoder
+from inplace_builder.capture.gguf_files import parsed_once
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.chat import load_chat_tokenizer
@@ -98,8 +99,9 @@ def serve_smollm2(source: Path, folder: Path, pool: ServerPool, tokens: int) -> 
     options = BuildOptions(
         slots=ROWS, max_rows=ROWS, capacity=256, chunk=CHUNK, queue_delay_microseconds=20_000
     )
-    build_decoder(source, folder / MODEL, options)
-    model, _ = load_decoder(source, Dtype.FLOAT32)
+    with parsed_once():  # for both
+        build_decoder(source, folder / MODEL, options)
+        model, _ = load_decoder(source, Dtype.FLOAT32)
     tokenizer = load_chat_tokenizer(folder / MODEL)
     prompts = [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
     assert len({len(ids) for ids in prompts}) == len(PROMPTS)

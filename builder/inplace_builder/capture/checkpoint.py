@@ -15,6 +15,7 @@ import transformers
 from inplace.schema.specs import Dtype
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from inplace_builder.capture.gguf_files import parsed_once
 from inplace_builder.capture.lora import merge_lora, read_lora_config
 from inplace_builder.capture.quantized import (
     CACHE_SCALES,
@@ -56,8 +57,9 @@ def load_decoder(
         BuildError: there is no model, it is no decoder, transformers cannot read it, or it would
             not use all weights.
     """
-    model, _ = load_model(source, dtype)
-    return model, load_tokenizer(source)[0]
+    with parsed_once():
+        model, _ = load_model(source, dtype)
+        return model, load_tokenizer(source)[0]
 
 
 def load_model(

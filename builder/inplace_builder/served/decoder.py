@@ -10,6 +10,7 @@ from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.checkpoint import check_checkpoint, load_model, load_tokenizer
 from inplace_builder.capture.decoder import DecoderOptions
 from inplace_builder.capture.drafted import SpeculativeCapture
+from inplace_builder.capture.gguf_files import parsed_once
 from inplace_builder.capture.huggingface import capture_decoder
 from inplace_builder.capture.sources import locate_model
 from inplace_builder.capture.speculative import capture_speculative, first_layers
@@ -40,12 +41,13 @@ def build_decoder(
     """
     source, output = Path(source), Path(output)
     check_output(output, options)
-    config = check_checkpoint(source, options.capacity)
-    options.check_no_lookahead(source, config.model_type)
-    load_target(options)  # raises before the model is loaded
-    stage("load the model")
-    tokenizer, tokenizer_note = load_tokenizer(source)
-    model, notes = load_model(source, options.dtype, config, options.weight_options)
+    with parsed_once():
+        config = check_checkpoint(source, options.capacity)
+        options.check_no_lookahead(source, config.model_type)
+        load_target(options)  # raises before the model is loaded
+        stage("load the model")
+        tokenizer, tokenizer_note = load_tokenizer(source)
+        model, notes = load_model(source, options.dtype, config, options.weight_options)
     capture: Capture | SpeculativeCapture
     if options.has_draft:
         draft, name = load_draft(model, options)

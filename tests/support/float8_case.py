@@ -57,7 +57,8 @@ def check(
         None if part is None else part.to("cpu", wide) for part in (bias, norm, residual)
     )
     expected = reference_linear(  # on the CPU: on a GPU it launches these kernels
-        x.to("cpu", wide), weight.cpu(), bias, norm, residual, eps=spec.eps, activation=spec.activation,
+        x.to("cpu", wide), weight.cpu(), bias, norm, residual,
+        eps=spec.eps, activation=spec.activation,
         gated=spec.gated, float_out=spec.quantizes(tokens), scale=scale.cpu(),
         scale_group=spec.scale_group, activation_rows=spec.activation_rows,
     )  # fmt: skip

@@ -178,6 +178,35 @@ def test_a_sequence_that_nobody_has_stored_is_lost(speech: SequenceTracker) -> N
     assert "no server has stored it" in str(refused)
 
 
+def test_a_sequence_too_young_to_be_stored_is_sent_again_from_its_beginning() -> None:
+    young = SequenceTracker("a", "key", replay=True)
+    for value in range(3):
+        run(young, chunk(value), SPEECH)
+    lost(young, chunk(3), SPEECH)
+    for _ in range(2):  # the second server is lost too, while it is sent
+        [asked] = young.infer_requests(chunk(3), SPEECH)
+        assert shown(asked) == (True, 3, True, [3, 3])
+        refused = young.failed(error(Code.NO_SNAPSHOT), asked)
+        assert refused.retryable
+        sent = young.infer_requests(chunk(3), SPEECH)
+        assert [shown(each) for each in sent] == [
+            (value == 0, value, None, [value, value]) for value in range(4)
+        ]
+        young.failed(gone(), sent[1])
+        young.replay_next(restore=True)
+    [asked] = young.infer_requests(chunk(3), SPEECH)
+    young.failed(error(Code.NO_SNAPSHOT), asked)
+    full = error(Code.NO_FREE_SLOT)
+    full.retryable = True
+    young.failed(full, young.infer_requests(chunk(3), SPEECH)[0])
+    assert len(young.infer_requests(chunk(3), SPEECH)) == 4
+    young.answered(chunk(3), SPEECH)
+    assert young.length == 4
+    assert [shown(each) for each in young.infer_requests(chunk(4), SPEECH)] == [
+        (False, 4, None, [4, 4])
+    ]
+
+
 def test_a_snapshot_that_is_older_than_what_was_kept_is_of_no_use(
     speech: SequenceTracker,
 ) -> None:

@@ -93,7 +93,8 @@ class SequenceTracker:
 
     Where the servers store sequences, a sequence that is lost is restored first: the same request
     with ``restore``. If it was stored at an earlier position, what comes after that is sent again.
-    Only if no server has stored it, everything is sent again.
+    Only if no server has stored it, everything is sent again: the tokens, or the requests since the
+    beginning of a sequence that is too young to be stored.
 
     Args:
         sequence_id: the correlation id; a random one if None.
@@ -141,6 +142,7 @@ class SequenceTracker:
         self._history: list[Segment] | None = [] if self._replay else None
         self._restoring = False  # the next request asks for a snapshot
         self._restored_at: int | None = None  # the position of one that was restored
+        self._restarting = False  # the next request sends `_recent` from the beginning
         self._recent: deque[tuple[int, SequenceRequest]] = deque()  # without history, by position
 
     def fork(self, sequence_id: int | str | None) -> "SequenceTracker":
@@ -217,6 +219,8 @@ class SequenceTracker:
             SequenceLostError: it should begin as a copy of a sequence that is not as it was, and
                 there is no history.
         """
+        if self._restarting:
+            return self._from_beginning(request, model)
         if self._restored_at is not None:
             if (missing := self._missing(request, model, self._restored_at, num_fed)) is not None:
                 return missing
@@ -285,14 +289,35 @@ class SequenceTracker:
             whole = request.with_prefix(cast(list[int], tokens))
             rest = whole.without_first(restored_at)
             return [self._infer_request(rest, model, restored_at, start=False)]
-        position, requests = restored_at, list[InferRequest]()
+        return self._recent_requests(request, model, restored_at)
+
+    def _recent_requests(
+        self, request: SequenceRequest, model: ModelMetadata, begin: int
+    ) -> list[InferRequest] | None:
+        """The requests that were kept from a position on, and this one; None if one is missing.
+
+        From position 0 on they begin the sequence again.
+        """
+        position, requests = begin, list[InferRequest]()
         for at, recent in self._recent:
             if at == position:
-                requests.append(self._infer_request(recent, model, at, start=False))
+                requests.append(self._infer_request(recent, model, at, start=not position))
                 position += model.num_positions(recent.inputs)
         if position != self.length:
             return None
-        return [*requests, self._infer_request(request, model, position, start=False)]
+        return [*requests, self._infer_request(request, model, position, start=not position)]
+
+    def _from_beginning(self, request: SequenceRequest, model: ModelMetadata) -> list[InferRequest]:
+        """All requests of a sequence that is younger than its first snapshot, and this one.
+
+        Raises:
+            SequenceLostError: not all were kept.
+        """
+        requests = self._recent_requests(request, model, 0)
+        if requests is None:
+            self._restarting = False
+            raise self._lost_error(f"no server has stored it, and {self._no_replay_reason}")
+        return requests
 
     def _keep_recent(self, position: int, request: SequenceRequest, model: ModelMetadata) -> None:
         """Keep a request that was answered, as long as a snapshot may be older than it."""
@@ -324,7 +349,8 @@ class SequenceTracker:
             generated: the tokens of a generation, which are part of the sequence now.
         """
         position = self.length
-        if not self.live and self._source is None and not self._restoring:
+        begins = not self.live and self._source is None
+        if begins and not self._restoring and not self._restarting:
             history = self._extended_history()
             unknown = any(isinstance(segment, str) for segment in history)
             position = None if unknown else sum(map(len, history))
@@ -334,7 +360,7 @@ class SequenceTracker:
         position = _next_position(position, request, model)
         self.length = None if position is None else position + len(generated)
         self.live, self._unanswered, self._source = True, False, None
-        self._restoring, self._restored_at = False, None
+        self._restoring, self._restored_at, self._restarting = False, None, False
         if request.end:
             self.reset()
         elif self._history is not None:
@@ -416,10 +442,11 @@ class SequenceTracker:
             self.live, self.needs_end, error.retryable = True, True, True
         elif error.code in NOT_RESTORED:
             self._restoring = False
-            if self._history is None:
+            if self._history is None and not (self._recent and self._recent[0][0] == 0):
                 return error.as_sequence_lost(
                     f"no server has stored it, and {self._no_replay_reason}"
                 )
+            self._restarting = self._history is None
             self.replay_next()
             error.retryable = True
         return error
@@ -434,6 +461,7 @@ class SequenceTracker:
             restore: let the server restore it first, if servers store sequences.
         """
         self._restored_at, self._restoring = None, restore and self.may_restore
+        self._restarting = self._restarting and not self._restoring
         if self._history is not None or self._restoring:
             self.live = self._unanswered = False
             self._source = None

@@ -328,7 +328,11 @@ def test_a_file_that_is_half_written_is_no_snapshot(tmp_path: Path, clock: Clock
         bucket.write(object_of(bucket), parts())
     assert bucket.read(object_of(bucket)) == before
     (tmp_path / f"{lease.name}.2.0123.part").write_bytes(b"half")
-    assert target.claim(lease.name, KEY)[1].epoch == 2
+    _, mine = target.claim(lease.name, KEY)
+    assert mine.epoch == 2
+    (tmp_path / f"{lease.name}.3.4567.part").write_bytes(b"of a later holder")
+    target.end(mine)  # and with it goes what a server that was killed has left
+    assert [entry.name for entry in bucket.list()] == [f"{lease.name}.3.4567.part"]
 
 
 def test_a_store_that_fails_is_unavailable(tmp_path: Path, clock: Clock) -> None:

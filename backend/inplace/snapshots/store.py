@@ -17,6 +17,7 @@ from inplace.snapshots.errors import SnapshotError, SnapshotReason
 log = logging.getLogger("inplace")
 
 _OBJECT = re.compile(r"(?P<name>[0-9a-f]{64})\.(?P<epoch>[0-9]{1,18})")
+_UNFINISHED = re.compile(_OBJECT.pattern + rf"\.[0-9a-f]+{re.escape(PARTIAL)}")
 
 OBJECT_BYTES = 1024
 """About what an object has beside tensors and tokens."""
@@ -144,11 +145,9 @@ class SnapshotStore:
             size = sum(map(len, parts))
             self._bucket.write(_object(lease.name, lease.epoch), parts)
             lease.expires = expires
-            epochs = self._epochs(lease.name)
-            self._check_fence(lease, epochs)
-            for epoch in epochs:
-                if epoch < lease.epoch:
-                    self._bucket.delete(_object(lease.name, epoch))
+            found = self._bucket.list(f"{lease.name}.")
+            self._check_fence(lease, _epochs_in(found))
+            self._delete(found, below=lease.epoch)
             return size
 
     def end(self, lease: Lease) -> None:
@@ -160,9 +159,7 @@ class SnapshotStore:
         if lease.epoch is None:
             return
         with _store_errors():
-            for epoch in self._epochs(lease.name):
-                if epoch <= lease.epoch:
-                    self._bucket.delete(_object(lease.name, epoch))
+            self._delete(self._bucket.list(f"{lease.name}."), below=lease.epoch + 1)
 
     def forget(self, name: str) -> None:
         """The client has ended the sequence, which no replica has: delete all of it.
@@ -171,8 +168,7 @@ class SnapshotStore:
             SnapshotError: UNAVAILABLE.
         """
         with _store_errors():
-            for epoch in self._epochs(name):
-                self._bucket.delete(_object(name, epoch))
+            self._delete(self._bucket.list(f"{name}."))
 
     def fenced(self, leases: list[Lease]) -> list[Lease]:
         """Those of these leases whose sequences another replica has since, by one listing.
@@ -182,7 +178,7 @@ class SnapshotStore:
         """
         with _store_errors():
             highest: dict[str, int] = {}
-            for name, epoch, _ in self._objects():
+            for name, epoch, _ in _objects_in(self._bucket.list()):
                 highest[name] = max(epoch, highest.get(name, 0))
         now = self._clock()
         return [
@@ -268,13 +264,20 @@ class SnapshotStore:
 
     # Objects
 
-    def _objects(self, prefix: str = "") -> Iterator[tuple[str, int, Entry]]:
-        for entry in self._bucket.list(prefix):
-            if (match := _OBJECT.fullmatch(entry.name)) is not None:
-                yield match["name"], int(match["epoch"]), entry
-
     def _epochs(self, name: str) -> dict[int, Entry]:
-        return {epoch: entry for _, epoch, entry in self._objects(f"{name}.")}
+        return _epochs_in(self._bucket.list(f"{name}."))
+
+    def _delete(self, found: list[Entry], below: int | None = None) -> None:
+        """Delete objects of a sequence, and what killed servers have left half written.
+
+        Args:
+            found: all that there is of it.
+            below: only of epochs below this one; None for all.
+        """
+        for entry in found:
+            match = _OBJECT.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name)
+            if match is not None and (below is None or int(match["epoch"]) < below):
+                self._bucket.delete(entry.name)
 
     def _read(self, name: str, epoch: int, entry: Entry) -> Record:
         if entry.size > self._max_bytes:
@@ -328,6 +331,18 @@ class SnapshotStore:
                     f" snapshot has {size} more",
                 )
             self._usage += size
+
+
+def _objects_in(found: list[Entry]) -> Iterator[tuple[str, int, Entry]]:
+    """The objects of what is in the store, each with its name and epoch."""
+    for entry in found:
+        if (match := _OBJECT.fullmatch(entry.name)) is not None:
+            yield match["name"], int(match["epoch"]), entry
+
+
+def _epochs_in(found: list[Entry]) -> dict[int, Entry]:
+    """Of what there is of one sequence, the object of each epoch."""
+    return {epoch: entry for _, epoch, entry in _objects_in(found)}
 
 
 def _object(name: str, epoch: int) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +25,8 @@ from inplace_builder.choices import Device, EngineChoice, Mechanism, Precision, 
 from inplace_builder.errors import BuildError
 
 if TYPE_CHECKING:
+    from inplace.schema.snapshots import SnapshotOptions
+
     from inplace_builder.served.options import BuildOptions
     from inplace_builder.tools.front_process import FrontProcess
     from inplace_builder.tools.tritonserver import TritonServer
@@ -189,6 +192,26 @@ def build(
         str,
         typer.Option(help="GPUs of the server that serve it, for example 0,1: an engine on each."),
     ] = "all",
+    snapshot_store: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a folder, file:///… or s3://…, where servers store sequences, so that "
+            "others go on with them; needs --snapshot-secret-file."
+        ),
+    ] = None,
+    snapshot_secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with 32 random bytes or more, the same for all servers of the store."
+        ),
+    ] = None,
+    snapshot_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Positions after which a living sequence is stored again; default: only when the "
+            "server stops."
+        ),
+    ] = None,
 ) -> None:
     """Build a model into a model repository, after verifying it against transformers."""
     with _errors("build", "builder"):
@@ -225,6 +248,7 @@ def build(
             share_engine=share_engine,
             gpus=_gpu_numbers(gpus),
             serve=serve,
+            snapshots=_snapshots(snapshot_store, snapshot_secret_file, snapshot_every),
         )
         target = _model_folder(output, name)
         with _stages() as stage:
@@ -340,6 +364,26 @@ def serve(
             "--prompt-logprobs", help="Build MODEL for log-probabilities of prompts (echo)."
         ),
     ] = False,
+    snapshot_store: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a folder, file:///… or s3://…, where sequences of MODEL are stored, "
+            "so that they go on in another server; needs --snapshot-secret-file."
+        ),
+    ] = None,
+    snapshot_secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with 32 random bytes or more, the same for all servers of the store."
+        ),
+    ] = None,
+    snapshot_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Positions after which a living sequence is stored again; default: only when the "
+            "server stops."
+        ),
+    ] = None,
     gpus: Annotated[
         str | None,
         typer.Option(
@@ -390,9 +434,17 @@ def serve(
             from inplace_builder.tools.front_process import check_plain
 
             check_plain(arguments)
+    with _errors("serve", "builder"):
+        snapshots = _snapshots(snapshot_store, snapshot_secret_file, snapshot_every)
+        if snapshots is not None and model is None:
+            raise BuildError(
+                "--snapshot-store is for MODEL; models of a repository name their store in"
+                " config.pbtxt: `inplace build --snapshot-store …` writes it there"
+            )
     if model is not None:
         with _errors("serve", "builder"):
             options = _build_options(dtype, capacity, slots, prompt_logprobs=prompt_logprobs)
+            options = replace(options, snapshots=snapshots)
             model_repository = _built(Path(model), cache, options)
     with _errors("serve", "server"):
         from inplace.server.trust import TRUST_MODELS
@@ -597,6 +649,27 @@ def openai_key(
         console.print(f"key (shown once): {key}", soft_wrap=True, highlight=False)
         text = KeyFile(keys=(record,)).model_dump_json(indent=1, exclude_none=True)
         console.print(f"file of keys:\n{text}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _snapshots(
+    store: str | None, secret_file: Path | None, every: int | None
+) -> "SnapshotOptions | None":
+    """Where sequences are stored; None if they are not.
+
+    Raises:
+        BuildError: there are options of a store, and none is named.
+    """
+    from inplace.schema.snapshots import SnapshotOptions
+
+    if store is None:
+        if secret_file is not None or every is not None:
+            raise BuildError(
+                "there are options of a store of snapshots, and no store: name one"
+                " (--snapshot-store), or leave them out"
+            )
+        return None
+    secret = "" if secret_file is None else str(secret_file)
+    return SnapshotOptions(store, secret, every)
 
 
 def _gpu_numbers(text: str) -> tuple[int, ...]:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from google.protobuf import text_format
 from inplace import __version__
 from inplace.schema.served import Manifest
 from inplace_builder.__main__ import app
 from support.long import long_except
 from support.models import Repository
+from tritonclient.grpc import model_config_pb2 as pb
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.slow
@@ -90,7 +92,9 @@ def test_the_options_reach_the_engine(llama_folder: Path) -> None:
         ("--max-batch", "3", "--dtype", "bfloat16", "--min-capacity", "16"),
         ("--idle-timeout", "7.5", "--queue-delay-us", "123"),
     )
-    build(llama_folder, "--output", "m", *rows, *times, "--instances", "2", "--share-engine")
+    store = ("--snapshot-store", "file:///s", "--snapshot-secret-file", "/key")
+    others = ("--instances", "2", "--share-engine", *store, "--snapshot-every", "64")
+    build(llama_folder, "--output", "m", *rows, *times, *others)
     manifest = Manifest.load(Path("m/1"))
     assert manifest.min_capacity == 16
     program = manifest.program("step")
@@ -102,6 +106,10 @@ def test_the_options_reach_the_engine(llama_folder: Path) -> None:
         program.engine.dtype,
     ) == (4, 32, 3, 8, "bfloat16")
     config = Path("m/config.pbtxt").read_text()
+    parsed = text_format.Parse(config, pb.ModelConfig()).parameters
+    assert {name: parsed[name].string_value for name in parsed if "snapshot" in name} == {
+        "snapshot_store": "file:///s", "snapshot_secret_file": "/key", "snapshot_every": "64",
+    }  # fmt: skip
     assert "max_sequence_idle_microseconds: 7500000" in config
     assert "max_queue_delay_microseconds: 123" in config
     assert "count: 2" in config
@@ -152,6 +160,22 @@ def test_inspect_prints_everything_of_an_engine(
         (
             ["build", ".", "--output", "m", "--dtype", "float16"],
             "error: dtype float16 is not supported on device 'cpu'; choose one of ['float32', 'bf",
+        ),
+        (
+            ["build", ".", "--output", "m", "--snapshot-every", "3"],
+            "error: there are options of a store of snapshots, and no store: name one",
+        ),
+        (
+            ["build", ".", "--output", "m", "--snapshot-store", "/folder"],
+            "error: the store of the snapshots is '/folder'; expected the URL of a folder",
+        ),
+        (
+            ["build", ".", "--output", "m", "--snapshot-store", "file:///s"],
+            "error: the snapshots have no secret_file; name a file with 32 random bytes",
+        ),
+        (
+            ["serve", "--snapshot-store", "file:///s", "--snapshot-secret-file", "key"],
+            "error: --snapshot-store is for MODEL; models of a repository name their store in",
         ),
         (["inspect", "nowhere"], "error: nowhere/1/engine.json does not exist"),
         (

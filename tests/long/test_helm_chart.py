@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.manifest_patches import server_with_snapshots
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy/kubernetes"
@@ -68,6 +69,18 @@ def manifests() -> Objects:
 
 def test_it_renders_the_manifests() -> None:
     assert objects(rendered()) == manifests()
+
+
+def test_with_a_store_it_renders_the_component_of_the_manifests() -> None:
+    arguments = ["--set=snapshots.claim=inplace-snapshots", "--set=snapshots.size=100Gi"]
+    made = objects(rendered(*arguments))
+    [claim] = objects((KUBERNETES / "snapshots/claim.yaml").read_text()).values()
+    assert made["PersistentVolumeClaim", "inplace-snapshots"] == claim
+    expected = server_with_snapshots()
+    [container] = expected["spec"]["template"]["spec"]["containers"]
+    [image] = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["images"]
+    container["image"] = f"{image['newName']}:{image['newTag']}"
+    assert made["StatefulSet", "inplace-server"] == expected
 
 
 @pytest.mark.parametrize("version", ["1.34", "1.37"])

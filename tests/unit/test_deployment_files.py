@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from inplace.alive import TIMEOUT
+from support.manifest_patches import server_with_snapshots
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -31,7 +32,9 @@ VALIDATORS = {
 }
 FILES = {
     "hadolint": [DEPLOY / "docker/Dockerfile"],
-    "compose": [DEPLOY / "compose.yaml", DEPLOY / "compose.gpu.yaml"],
+    "compose": [
+        DEPLOY / f"{name}.yaml" for name in ("compose", "compose.gpu", "compose.snapshots")
+    ],
     "envoy": [KUBERNETES / "envoy.yaml"],
     **{
         f"kubernetes {version}": [
@@ -161,7 +164,14 @@ def test_what_compose_and_kustomize_mount_exists() -> None:
         *(file for each in customized["configMapGenerator"] for file in each["files"]),
     ]
     assert sorted(files) == sorted(
-        path.name for path in KUBERNETES.iterdir() if path.name != "kustomization.yaml"
+        path.name
+        for path in KUBERNETES.iterdir()
+        if path.is_file() and path.name != "kustomization.yaml"
+    )
+    component = yaml.safe_load((KUBERNETES / "snapshots/kustomization.yaml").read_text())
+    files = [*component["resources"], *(patch["path"] for patch in component["patches"])]
+    assert sorted(["kustomization.yaml", *files]) == sorted(
+        path.name for path in (KUBERNETES / "snapshots").iterdir()
     )
 
 
@@ -300,6 +310,49 @@ def test_keys_are_secrets() -> None:
     ]
     assert scraped["authorization"] == {"credentials_file": "/run/secrets/metrics_key"}
     assert compose["services"]["prometheus"]["secrets"] == ["metrics_key"]
+
+
+SNAPSHOTS, SECRET = "file:///snapshots", "/run/secrets/snapshot_secret"
+"""What models name in their configuration, in Compose and in Kubernetes."""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kubernetes_accepts_the_servers_with_a_store(version: str, tmp_path: Path) -> None:
+    claim = (KUBERNETES / "snapshots/claim.yaml").read_text()
+    path = tmp_path / "server.yaml"
+    path.write_text(f"{yaml.safe_dump(server_with_snapshots())}---\n{claim}")
+    result = validate(f"kubernetes {version}", [path])
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_store_and_its_secret_are_where_models_name_them() -> None:
+    spec = server_with_snapshots()["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    store = mounts[SNAPSHOTS.removeprefix("file://")]
+    assert not store.get("readOnly")
+    [claim] = yaml.safe_load_all((KUBERNETES / "snapshots/claim.yaml").read_text())
+    named = volumes[store["name"]]["persistentVolumeClaim"]
+    assert named == {"claimName": claim["metadata"]["name"]}
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    secret = mounts[str(Path(SECRET).parent)]
+    assert secret["readOnly"]
+    assert volumes[secret["name"]]["secret"]["defaultMode"] == 0o440
+    assert spec["securityContext"]["fsGroup"] == spec["securityContext"]["runAsGroup"]
+    compose = yaml.safe_load((DEPLOY / "compose.snapshots.yaml").read_text())
+    server = compose["services"]["server"]
+    assert server["secrets"] == [Path(SECRET).name]
+    assert server["volumes"] == ["snapshots:/snapshots"]
+    assert set(compose["secrets"][Path(SECRET).name]) == {"file"}
+    assert (
+        "install -d -m 0700 -o 1000 -g 1000 /snapshots"
+        in (DEPLOY / "docker/Dockerfile").read_text()
+    )  # the owner of a new volume
+    for file in ("compose.snapshots.yaml", "kubernetes/snapshots/kustomization.yaml"):
+        text = (DEPLOY / file).read_text()
+        assert f"--snapshot-store {SNAPSHOTS}" in text
+        assert f"--snapshot-secret-file {SECRET}" in text
 
 
 DIGEST = "sha256:" + "0" * 64

@@ -5,9 +5,18 @@ from dataclasses import dataclass
 
 from google.protobuf import text_format
 from inplace.drivers.detokenizer import TOKENIZER_NAME
-from inplace.protocol import CHUNK_SAMPLES, POSITIONS, REQUESTS, SAMPLE_RATE, WINDOW_SAMPLES
+from inplace.protocol import (
+    CHUNK_SAMPLES,
+    POSITIONS,
+    REQUESTS,
+    SAMPLE_RATE,
+    SNAPSHOT_EVERY,
+    SNAPSHOT_STORE,
+    WINDOW_SAMPLES,
+)
 from inplace.runtime.audio import audio_spec
 from inplace.schema.served import Manifest
+from inplace.schema.snapshots import SnapshotOptions
 from inplace.server.model_config import ServerTensor, model_tensors, proxy_tensors
 from inplace.server.settings import (
     EOS,
@@ -17,6 +26,9 @@ from inplace.server.settings import (
     QUEUE,
     SERVE,
     SHARE_ENGINE,
+    SNAPSHOT_QUOTA,
+    SNAPSHOT_SECONDS,
+    SNAPSHOT_SECRET,
 )
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -146,7 +158,7 @@ def model_config(
     Args:
         manifest: the engine.
         options: how it is served: ``serve``, ``idle_timeout``, ``queue_delay_microseconds``,
-            ``instances``, ``share_engine`` and ``gpus``.
+            ``instances``, ``share_engine``, ``gpus`` and ``snapshots``.
         text: of a model that generates, which is served as ``stream``.
 
     Raises:
@@ -168,6 +180,8 @@ def model_config(
     parameters = {SERVE: options.serve, IDLE_TIMEOUT: f"{options.idle_timeout:.15g}"}
     if options.share_engine:
         parameters[SHARE_ENGINE] = "on"
+    if options.snapshots is not None:
+        parameters |= snapshot_parameters(options.snapshots)
     if manifest.is_scheduled:
         parameters[POSITIONS] = REQUESTS
     if (audio := audio_spec(program)) is not None:
@@ -202,6 +216,18 @@ def model_config(
         instances=options.instances,
         gpus=options.gpus,
     )
+
+
+def snapshot_parameters(options: SnapshotOptions) -> dict[str, str]:
+    """What config.pbtxt says of the store of sequences."""
+    given = {
+        SNAPSHOT_STORE: options.store,
+        SNAPSHOT_SECRET: options.secret_file,
+        SNAPSHOT_EVERY: options.every,
+        SNAPSHOT_SECONDS: None if options.seconds == SnapshotOptions.seconds else options.seconds,
+        SNAPSHOT_QUOTA: options.quota_bytes,
+    }
+    return {name: f"{value}" for name, value in given.items() if value is not None}
 
 
 def proxy_config(name: str, text: TextSettings, *, has_logprobs: bool) -> ModelConfig:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from inplace.schema.snapshots import SnapshotOptions
 from inplace.schema.specs import AliasKind, Dtype
 
 from inplace_builder.choices import Device, EngineKind, Protocol, WeightOptions, Weights
@@ -74,6 +75,7 @@ class BuildOptions:
         draft_layers: the draft is the model's own first layers, so many.
         draft_tokens: how many tokens are drafted in a round; None for `DRAFT_TOKENS` where there is
             a draft.
+        snapshots: where servers store its sequences, see docs/sequences.md; None if they do not.
 
     Raises:
         BuildError: an option is out of range, or options do not fit together.
@@ -103,6 +105,7 @@ class BuildOptions:
     draft_tokens: int | None = None
     gpus: tuple[int, ...] = ()
     weights: Weights = "auto"
+    snapshots: SnapshotOptions | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -239,6 +242,25 @@ class BuildOptions:
             )
         if self.serve not in ("step", "stream"):
             raise BuildError(f"serve is {self.serve!r}; choose step or stream")
+        self._check_snapshots()
+
+    def _check_snapshots(self) -> None:
+        snapshots = self.snapshots
+        if snapshots is None:
+            return
+        if "://" not in snapshots.store:
+            raise BuildError(
+                f"the store of the snapshots is {snapshots.store!r}; expected the URL of a folder:"
+                f" file:///… or s3://bucket/…"
+            )
+        if not snapshots.secret_file:
+            raise BuildError(
+                "the snapshots have no secret_file; name a file with 32 random bytes or more, the"
+                " same for all servers of the store"
+            )
+        for name in ("every", "seconds", "quota_bytes"):
+            if (given := getattr(snapshots, name)) is not None and not given > 0:
+                raise BuildError(f"{name} of the snapshots is {given}; it must be above 0")
 
     def _check_engine(self) -> None:
         if self.weights not in get_args(Weights):

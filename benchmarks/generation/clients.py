@@ -156,10 +156,15 @@ class GrpcClient:
 
 
 class OpenAIClient:
-    """One connection of OpenAI's protocol, for one completion at a time."""
+    """One connection of OpenAI's protocol, for one completion at a time.
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
+    Args:
+        target: the model.
+        keeps_tokens: whether generations have their tokens, of a server that sends their ids.
+    """
+
+    def __init__(self, target: Target, *, keeps_tokens: bool = False) -> None:
+        self._target, self._keeps_tokens = target, keeps_tokens
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def generate(self, request: bytes) -> TimedGeneration:
@@ -182,7 +187,8 @@ class OpenAIClient:
             elif not line:
                 raise RuntimeError("the server closed the connection")
         await reader.readline()
-        return TimedGeneration(sent, responses_of(events))
+        tokens = token_ids(events) if self._keeps_tokens else []
+        return TimedGeneration(sent, responses_of(events), tokens=tokens)
 
     async def _begin(self, reader: asyncio.StreamReader) -> None:
         """Read the head of an answer, and where it is an error the answer."""
@@ -240,9 +246,20 @@ def responses_of(events: list[tuple[float, bytes]]) -> list[tuple[float, int]]:
     return responses
 
 
-def client_of(target: Target) -> GrpcClient | OpenAIClient:
+def token_ids(events: list[tuple[float, bytes]]) -> list[int]:
+    """The tokens of the events of a completion, of a server that sends their ids."""
+    found: list[int] = []
+    for _, line in events:
+        if line.startswith(b"data: {"):
+            for choice in json.loads(line.removeprefix(b"data: ")).get("choices", ()):
+                found += choice.get("token_ids") or ()
+    return found
+
+
+def client_of(target: Target, *, keeps_tokens: bool = False) -> GrpcClient | OpenAIClient:
     """A client of a target."""
-    return GrpcClient(target) if target.api == "grpc" else OpenAIClient(target)
+    kind = GrpcClient if target.api == "grpc" else OpenAIClient
+    return kind(target, keeps_tokens=keeps_tokens)
 
 
 def check_whole(generation: TimedGeneration, tokens: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.generation.arrivals import Arrivals
 from benchmarks.generation.burst import Burst
+from benchmarks.generation.chat_users import Chats
 from benchmarks.perf import generator
 from benchmarks.record import ROOT
 
@@ -47,7 +48,23 @@ def run_arrivals(load: Arrivals, processes: int) -> list[dict[str, Any]]:
     return _from_beginning(_spread("arrivals", parts), load.begin)
 
 
-def _spread(module: str, parts: Sequence[Burst | Arrivals]) -> list[dict[str, Any]]:
+def run_chats(load: Chats, processes: int) -> list[dict[str, Any]]:
+    """All turns of all users, those of a user one after the other; times from the beginning.
+
+    Raises:
+        RuntimeError: a process of clients failed.
+    """
+    load = replace(load, begin=time.time() + STARTED)
+    processes = min(processes, load.users)
+    parts, first = [], load.first
+    for number in range(processes):
+        users = load.users // processes + (number < load.users % processes)
+        parts.append(replace(load, first=first, users=users))
+        first += users
+    return _from_beginning(_spread("chat_users", parts), load.begin)
+
+
+def _spread(module: str, parts: Sequence[Burst | Arrivals | Chats]) -> list[dict[str, Any]]:
     running = [
         subprocess.Popen(
             [sys.executable, "-m", PARTS + module, json.dumps(asdict(part))],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from inplace_builder import Capture, DecoderOptions, capture_decoder
-from inplace_builder.fusion.fuse import fuse
+from inplace_builder.fusion.fuse import bindable_weights, fuse
 from inplace_builder.graph.program import AnyProgram, GraphProgram, weights_of
 from support.long import long_except
 from transformers import (
@@ -198,4 +198,41 @@ def test_a_projection_with_another_user_is_left_alone(tmp_path: Path) -> None:
     fused = fuse(exported)
     assert not any(node.kwargs.get("gated") for node in fused.graph.nodes)
     for output, expected in zip(run(fused, {"x": x}), module(x), strict=True):
+        torch.testing.assert_close(output, expected)
+
+
+class Layers(torch.nn.Module):
+    """Convolutions of one entry, two that are more than a linear layer, and an LSTM's product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.plane = torch.nn.Conv1d(6, 10, 1), torch.nn.Conv2d(6, 5, 1, bias=False)
+        self.strided = torch.nn.Conv1d(6, 4, 1, stride=2)
+        self.grouped = torch.nn.Conv1d(6, 4, 1, groups=2)
+        self.product = torch.nn.Linear(6, 7)
+
+    def forward(self, line: torch.Tensor, plane: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        last = line[:, :, -1]
+        return (
+            self.line(line),
+            self.plane(plane),
+            self.strided(line),
+            self.grouped(line),
+            torch.addmm(self.product.bias, last, self.product.weight.t()),
+        )
+
+
+def test_pointwise_convolutions_and_products_of_an_lstm_become_linear_layers() -> None:
+    torch.manual_seed(0)
+    module, inputs = Layers().eval(), {"line": torch.randn(3, 6, 8)}
+    inputs["plane"] = torch.randn(3, 6, 4, 5)
+    rows = {name: {0: torch.export.Dim("rows")} for name in inputs}
+    exported = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=rows)
+    fused = fuse(exported)
+    counts = Counter(str(node.target) for node in fused.graph.nodes if node.op == "call_function")
+    assert (counts["inplace.linear.default"], counts["aten.conv1d.default"]) == (3, 2), counts
+    assert not counts["aten.conv2d.default"]
+    assert not counts["aten.addmm.default"]
+    assert len(bindable_weights(fused)) == 3
+    for output, expected in zip(run(fused, inputs), module(**inputs), strict=True):
         torch.testing.assert_close(output, expected)

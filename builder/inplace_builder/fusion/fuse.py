@@ -31,6 +31,7 @@ from inplace_builder.fusion.patterns import (
 from inplace_builder.graph.nodes import (
     CASTS,
     AnyNode,
+    argument,
     is_call,
     only_user,
     operand_orders,
@@ -78,6 +79,7 @@ class _Fusion(AttentionRewriter):
             self._fuse_norm,
             self._fuse_linear,
             self._fuse_transposed_linear,
+            self._fuse_pointwise_convolution,
             self._fuse_gate,
             self._fuse_grouped_gate,
             self.fuse_attention,
@@ -161,20 +163,25 @@ class _Fusion(AttentionRewriter):
         self.replace(node, new)
 
     def _fuse_transposed_linear(self, node: AnyNode) -> None:
-        """``addmm(bias, x, weight)``: GPT-2's Conv1D holds its weights transposed."""
+        """``addmm(bias, x, weight)``: GPT-2's Conv1D holds its weights transposed.
+
+        An LSTM's are those of a linear layer, behind a transposition.
+        """
         if not is_call(node, aten.addmm.default) or len(node.args) != 3 or node.kwargs:
             return
-        bias, x, weight = node.args
+        bias, x, transposed = node.args
+        weight = transposed.args[0] if is_call(transposed, aten.t.default) else transposed
         if bias not in self.weights or weight not in self.weights or self.weights[bias].dim() != 1:
             return
-        tensor = self.weights[weight]
-        transposed = self.weight(("transposed", weight), node, tensor.t)
+        if weight is transposed:
+            weight = self.weight(("transposed", weight), node, self.weights[weight].t)
+        outputs, inputs = self.weights[weight].shape
         flat = (
             is_call(x, aten.view.default, aten.reshape.default)
-            and x.args[0].meta["val"].shape[-1] == tensor.shape[0]
+            and x.args[0].meta["val"].shape[-1] == inputs
         )
-        args = (x.args[0] if flat else x, transposed, bias)
-        new = self.insert(node, inplace.linear.default, args, {}, tensor.shape[1])
+        args = (x.args[0] if flat else x, weight, bias)
+        new = self.insert(node, inplace.linear.default, args, {}, outputs)
         for user in list(node.users) if flat else ():  # the tokens were flattened for addmm only
             if is_call(user, aten.view.default, aten.reshape.default) and same_shape(
                 user.meta["val"], new.meta["val"]
@@ -182,10 +189,44 @@ class _Fusion(AttentionRewriter):
                 self.replace(user, new)
         if flat and any(user is not new for user in node.users):
             with self.graph.inserting_before(node):
-                again = self.graph.call_function(aten.view.default, (new, [-1, tensor.shape[1]]))
+                again = self.graph.call_function(aten.view.default, (new, [-1, outputs]))
             again.meta.update(node.meta)
             new = again
         self.replace(node, new)
+
+    def _fuse_pointwise_convolution(self, node: AnyNode) -> None:
+        """A convolution with a kernel of one entry is a linear layer over the channels.
+
+        As a convolution its weights are constants of the plan, which TensorRT tunes for each range
+        of rows.
+        """
+        if not is_call(node, aten.conv1d.default, aten.conv2d.default):
+            return
+        x, kernel, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
+        if kernel not in self.weights or (bias is not None and bias not in self.weights):
+            return
+        outputs, _, *extents = self.weights[kernel].shape
+        strides, padding = argument(node, 3, "stride", [1]), argument(node, 4, "padding", [0])
+        ones = {*extents, *strides, argument(node, 6, "groups", 1)}
+        if ones != {1} or any(padding):
+            return
+        rank = x.meta["val"].dim()
+        channels = rank - 1 - len(extents)
+        last = [axis for axis in range(rank) if axis != channels] + [channels]
+        weight = self.weight(("flat", kernel), node, partial(self.weights[kernel].flatten, 1))
+        linear = self.insert(
+            node, inplace.linear.default, (self._permuted(node, x, last), weight, bias), {}, outputs
+        )
+        self.replace(node, self._permuted(node, linear, [last.index(axis) for axis in range(rank)]))
+
+    def _permuted(self, before: AnyNode, x: AnyNode, order: list[int]) -> AnyNode:
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(aten.permute.default, (x, order))
+        node.meta.update(before.meta)
+        source = x.meta["val"]
+        with source.fake_mode:
+            node.meta["val"] = source.permute(order)
+        return node
 
     def _fuse_gate(self, node: AnyNode) -> None:
         """``activation(linear(x, gate)) * linear(x, up)`` becomes one gated layer."""

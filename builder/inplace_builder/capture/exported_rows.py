@@ -3,7 +3,7 @@
 import functools
 import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -476,7 +476,11 @@ class RowsModule:
         return results
 
     def call(
-        self, request: Mapping[str, Tensor], states: Sequence[Tensor], index: int = 0
+        self,
+        request: Mapping[str, Tensor],
+        states: Sequence[Tensor],
+        index: int = 0,
+        run: Callable[..., Any] | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Run the original module once.
 
@@ -484,6 +488,7 @@ class RowsModule:
             request: its inputs by name, without a batch axis.
             states: in their own shapes and order.
             index: how many requests the sequence has had.
+            run: runs the module in another way.
 
         Returns:
             The outputs by name, and the states' new values.
@@ -493,7 +498,7 @@ class RowsModule:
             for spec, shape in zip(self.inputs, self.shapes, strict=True)
         ]
         with torch.no_grad():
-            results = torch.utils._pytree.tree_leaves(self.original(*inputs, *states))
+            results = torch.utils._pytree.tree_leaves((run or self.original)(*inputs, *states))
         outputs = {
             spec.name: results[place].reshape(spec.shape)
             for spec, place in zip(self.outputs, self.returned, strict=True)

@@ -77,10 +77,10 @@ def write_engine(
     generates = options.serve == "stream" and captures[0].program.decoder_io is not None
     with _drafts(output, with_proxy=generates) as (draft, proxy_draft):
         folder = draft / MODEL_VERSION
+        plans = [_plan(each, options, stage) for each in captures]
         stage("write the engine")
         with disk_errors(output):
             folder.mkdir()
-            plans = [_plan(each, options) for each in captures]
             schedules = (DEFAULT_SCHEDULE,) if isinstance(capture, Capture) else capture.schedules
             manifest = write_files(folder, output.name, captures, options, plans, extras, schedules)
         captured = {name: note for each in captures for name, note in each.notes.items()}
@@ -155,10 +155,11 @@ def load_target(options: BuildOptions) -> "Target | None":
     return Target.of(options.engine, options.compute_capability)
 
 
-def _plan(capture: Capture, options: BuildOptions) -> "ServedPlan | None":
+def _plan(capture: Capture, options: BuildOptions, stage: Stage) -> "ServedPlan | None":
     target = load_target(options)
     if target is None:
         return None
+    stage(f"compile program {capture.program.name}")
     # only here, because importing the converters takes as long as importing PyTorch
     from inplace_builder.served.plan import build_plan
 

@@ -2,7 +2,8 @@
 
 Requests begin at different times, so rows of one call are at different counts of their loops.
 Every byte of a slot that has not been started is NaN, or the largest integer. What is done is
-called again, a program as well as a whole round of a loop, and may change nothing.
+called again, a program as well as a whole round of a loop, and may change nothing. What requests
+are answered with is compared; of an engine in 16 bits single calls are (`verify_calls`).
 """
 
 from collections import Counter
@@ -28,6 +29,7 @@ from inplace_builder.compare import fill_with_sentinel, relative_error, same_bit
 from inplace_builder.engine_files import load_errors
 from inplace_builder.errors import BuildError, rejected
 from inplace_builder.served.verify import NUM_SEQUENCES, SPARE_SLOTS, random_input
+from inplace_builder.served.verify_calls import CallComparison, rounds_tokens
 
 MIN_REQUESTS = 4
 """Requests of each sequence, at least. The last one has END, if a schedule is for it, and runs with
@@ -149,6 +151,13 @@ class _Verification:
     num_examples: int = 0
     num_compared: int = 0
     takes_back: bool = False
+
+    def __post_init__(self) -> None:
+        self.calls: CallComparison | None = None
+        manifest = self.instance.manifest
+        # calls that were taken back must not show in the answers that follow
+        if rounds_tokens(manifest) and not self.takes_back:
+            self.calls = CallComparison(manifest, self.programs)
 
     def run(self) -> None:
         """Run all requests of all sequences; the first sequence then starts anew."""
@@ -281,11 +290,22 @@ class _Verification:
         instance = self.instance
         places = [_Place.of(row) for row in rows]
         program = instance.programs[places[0].call.program]
-        before = self._memory()
+        before, inputs = self._memory(), [row.inputs for row in rows]
         outputs = instance.step(rows)
         for row in rows:
             if row.error is not None and row.error.code is not Code.CAPACITY:
                 raise rejected(str(row.error))
+        for index, row in enumerate(rows):
+            if self.calls is not None and row.error is None:
+                slot = row.sequence.slot
+                used = {name: instance.arena.tensors[name] for name in program.states}
+                self.calls.compare(
+                    program,
+                    inputs[index],
+                    {name: before[name][slot].cpu() for name in used},
+                    {name: tensor[index].cpu() for name, tensor in outputs.items()},
+                    {name: tensor[slot].cpu() for name, tensor in used.items()},
+                )
         written = {alias.input for alias in program.aliases}
         for name, tensor in instance.arena.tensors.items():
             if name in written:
@@ -361,6 +381,11 @@ class _Verification:
             sequence.starts = True
             return
         self.num_compared += 1
+        if self.calls is not None:
+            for spec in self.instance.program.outputs:
+                if spec.role is Role.TOKENS:
+                    self.tokens |= set(active.outputs[spec.name].flatten().tolist())
+            return
         expected = self.programs.run(sequence.states, active.inputs, active.progress.loops)
         for spec in self.instance.program.outputs:
             if spec.name not in expected:
@@ -401,8 +426,11 @@ class _Verification:
 
     def notes(self) -> dict[str, str]:
         """What the manifest records."""
+        calls = self.calls
+        error = self.max_error if calls is None else calls.max_error
         return {
-            "verified_error": f"{self.max_error:.1e}",
+            "verified_error": f"{error:.1e}",
+            **({} if calls is None else {"verified_ties": calls.ties}),
             "verified_fixed_points": str(self.num_fixed_points),
             "verified_mixed_calls": str(self.num_mixed_calls),
             "verified_limits": str(self.num_limits),

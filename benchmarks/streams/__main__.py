@@ -7,7 +7,8 @@ bias such that noise gives about as many tokens as speech. Streams keep up if th
 percentile of a chunk's answer is below the chunk's length and no chunk was complete before the one
 before it was answered. ``--streams`` are measured in the engine alone, ``--server`` with clients of
 a real tritonserver on this machine; each stops at the first number that does not keep up. Writes
-one JSON. Kept engines are measured without transformers.
+one JSON, after each line that is measured. Kept engines are measured without transformers, and may
+be built before, each lookahead by a process of its own (``--build-only``).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -25,6 +27,8 @@ from inplace_builder.choices import EngineKind
 
 from benchmarks.record import facts
 from benchmarks.streams import MODEL, TOKENS_PER_FRAME
+
+Line = dict[str, Any]
 
 
 def main() -> None:
@@ -44,6 +48,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the encoder; default: the published 24")
     parser.add_argument("--engines", type=Path, help="keep engines here, and take what is kept")
     parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds for all of it")
     parser.add_argument("--out", type=Path, default=Path("build/gpu/gpu_streams.json"))
     given = parser.parse_args()
     document = facts(__doc__.partition("\n")[0], "python -m benchmarks.streams") | {
@@ -59,34 +64,40 @@ def main() -> None:
     print(f"written to {given.out}")
 
 
-def measured(given: argparse.Namespace, engines: Path) -> Iterator[dict[str, Any]]:
+def measured(given: argparse.Namespace, engines: Path) -> Iterator[Line]:
     """All lines of the result."""
+    begin = time.monotonic()
     alone, served = (
         [int(count) for count in numbers.split(",") if count]
         for numbers in (given.streams, given.server)
     )
     for lookahead in map(int, given.lookaheads.split(",")):
         folder = engines / f"{given.engine}-{lookahead}" / MODEL
+        built: Line = {}
         if not (folder / "1").is_dir():
-            _build(folder, lookahead, max(alone + served), given)
+            built = {"build_seconds": _build(folder, lookahead, max(alone + served), given)}
         manifest = Manifest.load(folder / "1")
         about = {"lookahead": lookahead, "engine": given.engine, "slot_bytes": manifest.slot_bytes}
+        if built or given.build_only:
+            yield about | built
         if given.build_only:
-            yield about
             continue
         for where, counts in (("alone", alone), ("server", served)):
-            command = [sys.executable, "-m", f"benchmarks.streams.{where}", str(folder)]
-            for count in counts:
-                line = about | _line([*command, str(count), str(given.seconds)])
-                yield line
-                if not line.get("keeps_up"):
-                    break
+            left = given.limit - (time.monotonic() - begin)
+            if counts and left > 0:
+                numbers = ",".join(map(str, counts))
+                yield from (
+                    about | line for line in _lines(where, folder, numbers, given.seconds, left)
+                )
 
 
-def _build(folder: Path, lookahead: int, streams: int, given: argparse.Namespace) -> None:
+def _build(
+    folder: Path, lookahead: int, streams: int, given: argparse.Namespace
+) -> dict[str, float]:
+    """Build an engine; the seconds of each phase."""
     from benchmarks.streams.model import build  # transformers: kept engines need none
 
-    build(
+    seconds = build(
         folder,
         lookahead,
         streams=streams,
@@ -97,16 +108,21 @@ def _build(folder: Path, lookahead: int, streams: int, given: argparse.Namespace
     )
     if given.device == "cuda":
         torch.cuda.empty_cache()
+    return seconds
 
 
-def _line(command: list[str]) -> dict[str, Any]:
-    """What a process of its own measured, which is the last line that it printed."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        return {"command": " ".join(command[2:]), "failed": f"exit status {done.returncode}"}
-    result: dict[str, Any] = json.loads(lines[-1])
-    return result
+def _lines(where: str, folder: Path, streams: str, seconds: float, limit: float) -> Iterator[Line]:
+    """What a process of its own measures, a line for each number of streams."""
+    command = [f"benchmarks.streams.{where}", str(folder), streams, str(seconds), str(limit)]
+    with subprocess.Popen(
+        [sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            line: Line = json.loads(text)
+            yield line
+    if process.returncode:
+        yield {"where": where, "failed": f"exit status {process.returncode}"}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Streams in the engine alone: the requests of clients that speak in real time, without a server.
 
-    python -m benchmarks.streams.alone FOLDER STREAMS SECONDS
+    python -m benchmarks.streams.alone FOLDER STREAMS,STREAMS… SECONDS LIMIT
 
-prints one line of JSON.
+prints a line of JSON for each number of streams, up to the first that does not keep up, or that
+would end more than LIMIT seconds after the start.
 """
 
 import json
@@ -140,17 +141,30 @@ def line(where: str, streams: int, chunk_seconds: float, latencies: list[float],
 
 
 def main() -> None:
-    """Measure one number of streams."""
-    folder, count, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    """Measure numbers of streams."""
+    begin = time.perf_counter()
+    folder, counts, seconds, limit = parse(sys.argv[1:])
     streams = Streams(folder / "1")
-    result = streams.run(count, seconds)
-    measured = line("alone", count, streams.chunk_seconds, result.latencies, result.late)
-    audio_seconds = len(result.latencies) * streams.chunk_seconds
-    measured |= {
-        "calls": result.calls,
-        "tokens_per_second": result.tokens / audio_seconds if audio_seconds else 0.0,
-    }
-    print(json.dumps(measured), flush=True)
+    print(f"loaded in {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+    for count in counts:
+        if time.perf_counter() - begin + WARM_UP + seconds > limit:
+            break
+        result = streams.run(count, seconds)
+        measured = line("alone", count, streams.chunk_seconds, result.latencies, result.late)
+        audio_seconds = len(result.latencies) * streams.chunk_seconds
+        measured |= {
+            "calls": result.calls,
+            "tokens_per_second": result.tokens / audio_seconds if audio_seconds else 0.0,
+        }
+        print(json.dumps(measured), flush=True)
+        if not measured["keeps_up"]:
+            break
+
+
+def parse(arguments: list[str]) -> tuple[Path, list[int], float, float]:
+    """The folder, the numbers of streams, the seconds of each, and the limit."""
+    folder, counts, seconds, limit = arguments
+    return Path(folder), [int(count) for count in counts.split(",")], float(seconds), float(limit)
 
 
 if __name__ == "__main__":

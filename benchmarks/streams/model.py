@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inplace.schema.served import Manifest
 from inplace.schema.specs import Dtype
 from inplace_builder.capture.nemotron_asr_streaming import (
     Chunks,
@@ -20,14 +19,14 @@ from inplace_builder.served.options import BuildOptions
 from torch import Tensor
 from transformers import NemotronAsrStreamingConfig, NemotronAsrStreamingForRNNT
 
+from benchmarks.phases import Phases
 from benchmarks.streams import TOKENS_PER_FRAME
 
-CALIBRATION_FRAMES = 112
+CALIBRATION_FRAMES, CALIBRATION_LOOKAHEAD = 56, 13
+"""Encoded frames that the bias of the blank is found with, in chunks of as many as there are."""
 
 
-def random_nemotron(
-    layers: int | None, lookahead: int, dtype: torch.dtype
-) -> NemotronAsrStreamingForRNNT:
+def random_nemotron(layers: int | None, dtype: torch.dtype) -> NemotronAsrStreamingForRNNT:
     """A model of the published size, which is the configuration's default.
 
     The bias of the blank is such that about as many tokens come as in speech: without it, random
@@ -35,23 +34,24 @@ def random_nemotron(
 
     Args:
         layers: of the encoder; None for the published number.
-        lookahead: with which it is measured.
         dtype: of the weights.
     """
     torch.manual_seed(0)
     options: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
     config = NemotronAsrStreamingConfig(encoder_config=options)
-    model = NemotronAsrStreamingForRNNT(config).eval()
+    model = NemotronAsrStreamingForRNNT(config).eval().to(dtype)
     model.generation_config.decoder_start_token_id = config.blank_token_id
     with torch.no_grad():
-        _set_blank(model, lookahead)
-    return model.to(dtype)
+        _set_blank(model)
+    return model
 
 
-def _set_blank(model: NemotronAsrStreamingForRNNT, lookahead: int) -> None:
+def _set_blank(model: NemotronAsrStreamingForRNNT) -> None:
     """Find the bias of the blank with which noise gives `TOKENS_PER_FRAME`."""
-    chunks = Chunks(lookahead, model.config.encoder_config.subsampling_factor)
-    encoded = Encoded(chunks.frames, model.config.decoder_hidden_size, torch.float32)
+    chunks = Chunks(CALIBRATION_LOOKAHEAD, model.config.encoder_config.subsampling_factor)
+    encoded = Encoded(
+        chunks.frames, model.config.decoder_hidden_size, model.encoder_projector.weight.dtype
+    )
     encode = Encode(model, chunks, Extraction(), encoded)
     samples = encode.log_mel.samples
     parts = []
@@ -60,7 +60,7 @@ def _set_blank(model: NemotronAsrStreamingForRNNT, lookahead: int) -> None:
         parts.append(encoded.frames.clone())
     bias = model.joint.head.bias[model.config.blank_token_id]
     low, high = 0.0, 8.0
-    while high - low > 0.01:
+    while high - low > 0.05:
         bias.fill_((low + high) / 2)
         if _tokens_per_frame(model, encoded, parts) > TOKENS_PER_FRAME:
             low = float(bias)
@@ -92,12 +92,17 @@ def build(
     engine: EngineKind,
     device: Device,
     layers: int | None,
-) -> Manifest:
-    """Build the engine into ``folder``."""
+) -> dict[str, float]:
+    """Build the engine into ``folder``; the seconds of each phase."""
+    phases = Phases()
+    phases("make a random model")
     dtype = Dtype.BFLOAT16 if device == "cuda" else Dtype.FLOAT32
-    model = random_nemotron(layers, lookahead, dtype.as_torch)
+    model = random_nemotron(layers, dtype.as_torch)
     options = BuildOptions(
         dtype=dtype, device=device, slots=streams, max_rows=min(rows, streams), engine=engine
     )
+    phases("capture the programs")
     capture = capture_nemotron_asr_streaming(model, lookahead, options.max_rows)
-    return write_engine(capture, folder, options)
+    write_engine(capture, folder, options, phases)
+    phases("done")
+    return phases.seconds

@@ -1,13 +1,14 @@
 """Streams through a real tritonserver on this machine, by clients that speak in real time.
 
-    python -m benchmarks.streams.server FOLDER STREAMS SECONDS
+    python -m benchmarks.streams.server FOLDER STREAMS,STREAMS… SECONDS LIMIT
 
-prints one line of JSON.
+prints a line of JSON for each number of streams, as `benchmarks.streams.alone` does.
 """
 
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,20 @@ from inplace_builder.tools.tritonserver import Ports, TritonServer
 
 from benchmarks.perf import generator
 from benchmarks.perf.clients import Load
+from benchmarks.streams.alone import parse
 
 CHUNKS = 250
 """Chunks of a client's stream; then it begins another one."""
 
 
+WARM_UP = 4.0
+"""Seconds that are not measured."""
+
+
 def main() -> None:
-    """Serve the model and drive it with so many streams."""
-    folder, count, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    """Serve the model and drive it with numbers of streams."""
+    begin = time.perf_counter()
+    folder, counts, seconds, limit = parse(sys.argv[1:])
     audio = audio_spec(Manifest.load(folder / "1").interface)
     assert audio is not None
     assert audio.sample_rate is not None
@@ -39,29 +46,39 @@ def main() -> None:
         (repository / folder.name).symlink_to(folder.resolve())
         log = Path(scratch) / "log"
         with TritonServer(repository, Ports(0, 0, 0), log=log, trust_models=[folder]) as server:
-            load = Load(
-                url=server.grpc_url,
-                model=folder.name,
-                mode="unary",
-                sequences=count,
-                begin=0.0,
-                seconds=seconds,
-                input_data=str(data),
-                rate=count * rate / samples,
-                warm_up=4.0,
-                output="tokens",
-                parameters={SAMPLE_RATE: rate},
-            )
-            result = generator.run(load)
-    period_us = samples / rate * 1e6
+            print(f"loaded in {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+            for count in counts:
+                needed = generator.READY + WARM_UP + seconds
+                if time.perf_counter() - begin + needed > limit:
+                    break
+                load = Load(
+                    url=server.grpc_url,
+                    model=folder.name,
+                    mode="unary",
+                    sequences=count,
+                    begin=0.0,
+                    seconds=seconds,
+                    input_data=str(data),
+                    rate=count * rate / samples,
+                    warm_up=WARM_UP,
+                    output="tokens",
+                    parameters={SAMPLE_RATE: rate},
+                )
+                measured = _line(generator.run(load), count, samples / rate)
+                print(json.dumps(measured), flush=True)
+                if not measured["keeps_up"]:
+                    break
+
+
+def _line(result: dict[str, Any], streams: int, chunk_seconds: float) -> dict[str, Any]:
+    """A line of the result: whether so many streams keep up."""
     times = result["latency_us"]
-    result |= {
+    return result | {
         "where": "server",
-        "streams": count,
-        "chunk_ms": period_us / 1e3,
-        "keeps_up": not result["refused"] and bool(times) and times["p99"] < period_us,
+        "streams": streams,
+        "chunk_ms": chunk_seconds * 1e3,
+        "keeps_up": not result["refused"] and bool(times) and times["p99"] < chunk_seconds * 1e6,
     }
-    print(json.dumps(result), flush=True)
 
 
 def _stream(samples: int) -> list[dict[str, Any]]:

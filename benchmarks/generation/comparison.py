@@ -222,7 +222,7 @@ class Comparison:
             manifest.capacity,
             manifest.slots,
             given.vllm_memory,
-            given.out.parent / "vllm-caches",
+            given.vllm_caches,
             given.out.parent / f"vllm-{shape}.log",
             tuple(given.vllm_options.split()),
             min(240.0, self._left()),
@@ -421,6 +421,12 @@ def main() -> None:
         help="seconds after which requests of a mixed load are given up",
     )
     parser.add_argument("--vllm-memory", type=float, default=0.5, help="share of GPU memory")
+    parser.add_argument(
+        "--vllm-caches",
+        type=Path,
+        default=Path("build/compare/vllm-caches"),
+        help="folder for what vLLM compiles",
+    )
     parser.add_argument("--vllm-options", default="", help="further arguments of vllm serve")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
     parser.add_argument("--note", default="", help="what else ran on the machine")

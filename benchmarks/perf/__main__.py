@@ -24,6 +24,7 @@ format: one inner list is one sequence.
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, product
@@ -87,6 +88,9 @@ def main() -> None:
     parser.add_argument(
         "--nothing", action="store_true", help="unary, stream: also a model that computes nothing"
     )
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), help="seconds after which no level begins"
+    )
     parser.add_argument("--input-data", type=Path, help="another input file")
     parser.add_argument("--out", type=Path, default=Path("build/perf/perf.json"))
     given = parser.parse_args()
@@ -110,12 +114,16 @@ def main() -> None:
         if everything
         else chain.from_iterable(measure(given, mode, given.model) for mode in given.modes)
     )
+    ends = time.monotonic() + given.limit
     for line in asked:
         print(json.dumps(line), flush=True)
         document["levels"].append(line)
         given.out.write_text(
             json.dumps(document, indent=1) + "\n"
         )  # each time: a run takes long and may be ended
+        if time.monotonic() > ends:
+            print(f"ended after {given.limit:.0f} s", flush=True)
+            break
     print(f"written to {given.out}")
 
 

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.generation.arrivals import Arrivals
 from benchmarks.generation.clients import OpenAIClient, Target, openai_request, responses_of
 from benchmarks.generation.comparison import CELLS, Results, cell_key
+from benchmarks.generation.comparison_report import behind, cells_table, draw, mixed_table
 from benchmarks.generation.measured import described, requests_per_second
 from benchmarks.generation.sources import spaced_tokenizer
 from benchmarks.generation.vllm_server import VllmOptions
@@ -160,3 +161,33 @@ def test_the_other_server_has_its_own_packages_and_caches(
     command = options.command(8000)
     assert command[0] == str(python) and command[-1] == "-O3"
     assert "--max-model-len=4352" in command and "--max-num-seqs=64" in command
+
+
+def test_tables_have_all_ways_and_say_where_the_other_is_ahead(tmp_path: Path) -> None:
+    def result(speed: float, p99: float) -> dict[str, Any]:
+        times = {"p50": p99 / 2, "p99": p99}
+        return {"tokens_per_second": speed, "first_token_us": times, "inter_token_us": times}
+
+    cell = {"shape": "1b", "prompt": 128, "tokens": 256, "streams": 8}
+    mixed = {"shape": "1b", "share": 0.9}
+    document: dict[str, Any] = {
+        "cells": [cell | {"inplace": result(900.0, 2000.0), "vllm": result(1234.5, 3000.0)}],
+        "mixed": [
+            mixed | {way: result(1.0, p99) | {"rate": 50.0}}
+            for way, p99 in (("inplace", 4000.0), ("vllm", 3000.0))
+        ],
+        "machine": {"GPU": "G"},
+        "commit": "abc",
+    }
+    document["mixed"] = [document["mixed"][0] | document["mixed"][1]]
+    row = "| Llama 1B, 128 + 256 | 8 | 900 · – · 1,234 | 1 / 2 · – / – · 2 / 3 |"
+    assert list(cells_table(document))[2].startswith(row)
+    assert list(mixed_table(document))[2].startswith("| Llama 1B, 90% | 50.0 | 2 / 4 · – / –")
+    assert behind(document, "inplace") == [
+        "Llama 1B 128 + 256, 8 streams: 900 tokens a second, 1,234",
+        "Llama 1B at 90%, first_token_us p99: 4.0 ms, 3.0",
+        "Llama 1B at 90%, inter_token_us p99: 4.0 ms, 3.0",
+    ]
+    assert behind(document, "inplace_openai") == []
+    draw(document, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -130,7 +130,7 @@ class RequestParser:
                 return StreamRequest(unvalidated, Reply(channel), is_fetch=True)
             generates = kind is RequestKind.GENERATION
             self._check_texts(request, texts, generates=generates)
-            request = self._tokenize_text(request, texts)
+            request = self.tokenize_text(request, texts)
             limits = self._parse_limits(request, texts) if generates else None
             source = self._parse_grammar(request) if generates else None
         except RequestError as error:
@@ -315,7 +315,7 @@ class RequestParser:
             return params
         return replace(params, min_tokens=min_tokens, end_token_ids=ends)
 
-    def _tokenize_text(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Request:
+    def tokenize_text(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Request:
         """The request with the token ids of its text, if it has one."""
         if self._decoder_io is None or TEXT not in texts:
             return request

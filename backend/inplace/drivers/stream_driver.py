@@ -128,6 +128,14 @@ class StreamDriver:
         if requests:
             self._engine_loop.submit(requests)
 
+    def tokenize(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Request:
+        """A request with the token ids of its text, if it has one. Thread-safe.
+
+        Raises:
+            RequestError: it is refused for its text.
+        """
+        return self._parser.tokenize_text(request, texts)
+
     def _watch_grammar(self, request: StreamRequest) -> None:
         """Start a request once its grammar is compiled."""
         if request.grammar is not None and not request.grammar.done():

@@ -1,12 +1,9 @@
 """Which server has computed the beginning of a prompt, as far as this front end has seen."""
 
-import hashlib
-from array import array
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
-BLOCK_TOKENS = 16
-"""Tokens of a block: the fewest that the backend copies."""
+from inplace.schema.prefixes import prefix_blocks
 
 MAX_BLOCKS = 1 << 17
 """Blocks that are remembered: two million tokens."""
@@ -39,7 +36,7 @@ class PrefixRecord:
             tokens: of the sequence.
             server: the server.
         """
-        for block in _blocks(scope, tokens):
+        for block in prefix_blocks(scope, tokens):
             self._servers[block] = server
             self._servers.move_to_end(block)
         while len(self._servers) > self._max_blocks:
@@ -54,19 +51,9 @@ class PrefixRecord:
             servers: those that can be chosen.
         """
         found = None
-        for block in _blocks(scope, prompt):
+        for block in prefix_blocks(scope, prompt):
             server = self._servers.get(block)
             if server in servers:
                 found = server
                 self._servers.move_to_end(block)
         return found
-
-
-def _blocks(scope: bytes, tokens: Sequence[int]) -> Iterator[bytes]:
-    """The digests of the whole blocks of a sequence."""
-    content = array("q", tokens).tobytes()
-    size = BLOCK_TOKENS * array("q").itemsize
-    digest = scope
-    for end in range(size, len(content) + 1, size):
-        digest = hashlib.blake2b(digest + content[end - size : end], digest_size=16).digest()
-        yield digest

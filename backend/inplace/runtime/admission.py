@@ -383,6 +383,9 @@ class Admission:
         slot = None if prefix is None or prefix.kept is None else prefixes.take(prefix.kept)
         sequence = self.table.start(request.sequence_id, validated.key_digest, slot)
         sequence.group, sequence.salt = request.parameters.get(GROUP), salt
+        if salt is not None and prefixes.on_tokens is not None:
+            assert self._counted_input is not None
+            prefixes.on_tokens(salt, validated.inputs[self._counted_input].tolist())
         if prefix is None:
             self.arena.reset(sequence.slot)
             return sequence

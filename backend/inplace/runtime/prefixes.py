@@ -4,7 +4,7 @@ import hmac
 import secrets
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inplace.runtime.slots import EndReason, SequenceState
-from inplace.schema.prefixes import PrefixOptions
+from inplace.schema.prefixes import BLOCK_TOKENS, PrefixOptions
 
-MIN_COPIED_TOKENS = 16
+MIN_COPIED_TOKENS = BLOCK_TOKENS
 """Fewest tokens whose positions are copied to another slot; fewer are cheaper to prefill."""
 
 
@@ -64,6 +64,9 @@ class PrefixCache:
         appends_only: whether all states append, so that a part of a slot's positions can be used.
         clock: monotonic seconds.
         secret: of the server, which makes salts; random if None.
+
+    Attributes:
+        on_tokens: called with the salt and the tokens that a slot holds, or is about to hold.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class PrefixCache:
         self._options, self._appends_only, self._clock = options, appends_only, clock
         self._max_kept = max(1, num_slots // 2) if options.slots is None else options.slots
         self._secret = secrets.token_bytes(32) if secret is None else secret
+        self.on_tokens: Callable[[bytes, Sequence[int]], None] | None = None
         self._kept: OrderedDict[int, KeptSlot] = OrderedDict()
         self._num_kept: Counter[bytes] = Counter()
 
@@ -117,6 +121,8 @@ class PrefixCache:
         self._kept[kept.slot] = kept
         self._num_kept[salt] += 1
         self._use(kept)
+        if self.on_tokens is not None:
+            self.on_tokens(salt, kept.token_ids)
         return dropped
 
     def take(self, kept: KeptSlot) -> int:

@@ -106,6 +106,14 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
+def server_digest(server: int) -> bytes:
+    """A digest that is the same in all processes of one server, and in those of no other."""
+    # The name of the program may have spaces and brackets; the start is 20 fields after it.
+    started = Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[19]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return hashlib.sha256(f"{boot} {server} {started}".encode()).digest()
+
+
 def listening_sockets(path: Path = Path("/proc/net/unix")) -> list[str]:
     """The names of the abstract sockets that listen on this machine."""
     names = []

@@ -36,7 +36,7 @@ from inplace.runtime.schedules import open_model
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
 from inplace.schema.snapshots import SnapshotOptions
-from inplace.server.addresses import Address
+from inplace.server.addresses import Address, server_digest
 from inplace.server.logs import instance_gpu
 from inplace.server.messages import FLAG_END, FLAG_START, error_response, read_id
 from inplace.server.model_config import check_model_config, model_tensors
@@ -118,7 +118,10 @@ def open_engine(args: dict[str, str]) -> "_EngineModel | _RelayedModel":
     if settings.snapshots is not None:
         store = _open_store(args["model_name"], settings.snapshots, manifest)
     if settings.prefixes is not None:
-        instance.reuse_prefixes(settings.prefixes, None if store is None else store.salt_key)
+        secret = store.salt_key if store is not None else None
+        if secret is None and several:  # instances find the prefixes of each other
+            secret = server_digest(os.getppid())
+        instance.reuse_prefixes(settings.prefixes, secret)
     if settings.snapshots is not None and store is not None:
         instance.store_sequences(settings.snapshots, store)
     metrics = _start_reports(instance.observer, settings, args)

@@ -177,7 +177,7 @@ class Peer:
             connected.connect(f"\0{address.name}")
             if not is_child_of(address.server, connected):
                 raise ConnectionRefusedError(f"{address.name} is not a process of this server")
-            self._free_slots = SlotReader(connected)
+            self._slots = SlotReader(connected)
             connected.settimeout(None)
         except OSError:
             connected.close()
@@ -188,7 +188,11 @@ class Peer:
     @property
     def free_slots(self) -> int:
         """How many slots are free there, less the sequences that it is about to start."""
-        return self._free_slots.read()
+        return self._slots.read()
+
+    def known_blocks(self, blocks: Sequence[bytes]) -> int:
+        """How many of the first blocks of a prompt a slot there has."""
+        return self._slots.known_blocks(blocks)
 
     def forward(self, arrivals: Sequence[Arrival]) -> list[int]:
         """Have requests that came together answered there, each through its channel.

@@ -10,10 +10,12 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
+
+from torch import Tensor
 
 from inplace.drivers import Arrival, StepDriver, StreamDriver
 from inplace.drivers.reply import Outputs
@@ -24,8 +26,9 @@ from inplace.runtime.batcher import Answer
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState
+from inplace.schema.prefixes import prefix_blocks
 from inplace.server.addresses import Address
-from inplace.server.balance import Balance
+from inplace.server.balance import MUCH_FULLER, NEARLY, Balance
 from inplace.server.forwarding import (
     AnswerChannel,
     CancellationWatch,
@@ -38,6 +41,13 @@ from inplace.server.peers import Peer, PeerLostError, Peers, PeerServer
 log = logging.getLogger("inplace")
 
 
+Texts = Mapping[str, tuple[bytes, ...]]
+"""Inputs of BYTES by name."""
+
+
+NO_TEXTS: Texts = {}
+
+
 class _Router:
     """What routers of both kinds of models have: the connections, and what comes over them.
 
@@ -47,6 +57,7 @@ class _Router:
         places: of this instance in Triton.
         serve: serves requests that other instances forward.
         serve_relayed: serves requests of instances that have no engine.
+        part: of the slots, by which instances must differ (`inplace.server.balance`).
     """
 
     def __init__(
@@ -56,9 +67,12 @@ class _Router:
         places: RemotePlaces,
         serve: Callable[[list[Arrival]], None],
         serve_relayed: Callable[[list[Arrival]], None],
+        part: int,
     ) -> None:
         self._table, self._observer, self._places = instance.table, instance.observer, places
-        self._balance = Balance(instance.table)
+        self._instance, self._balance = instance, Balance(instance.table, part)
+        if instance.prefixes is not None:
+            instance.prefixes.on_tokens = self._balance.board.add
         self._routes = Routes(places, self._observer)
         self._peers = Peers(address, self, places.nonce)
         self._server = self._routes.server = PeerServer(
@@ -82,20 +96,40 @@ class _Router:
     def _is_served(self, sequence_id: SequenceId) -> bool:
         return self._is_live(sequence_id) or self._routes.get(sequence_id) is not None
 
-    def _destination(self, request: Request) -> Peer | None:
+    def _destination(self, request: Request, texts: Texts = NO_TEXTS) -> Peer | None:
         """Where a START is sent first, if no other instance has its sequence; None is here.
 
-        A copy goes to the original, and what begins empty to the instance with most free slots.
-        The others may continue a sequence, which this instance may have.
+        A copy goes to the original, and what begins empty to the instance with most free slots, or
+        to one that has the beginning of its prompt. The others may continue a sequence, which this
+        instance may have.
         """
         if FROM in request.parameters:
             return self._routes.source(request)
         if not request.begins_empty or self._is_live(request.sequence_id):
             return None
-        return self._most_free()
+        peers = self._peers.connected()
+        return self._balance.choose(peers, self._blocks(request, texts) if peers else ())
 
     def _most_free(self) -> Peer | None:
-        return self._balance.most_free(self._peers.connected())
+        return self._balance.choose(self._peers.connected())
+
+    def _blocks(self, request: Request, texts: Texts) -> list[bytes]:
+        """The blocks of a prompt by which another instance may know it."""
+        prefixes, io = self._instance.prefixes, self._instance.program.decoder_io
+        if prefixes is None or io is None:
+            return []
+        try:
+            salt = prefixes.salt(request.key_digest(), request.cache_salt())
+            prompt = self._prompt(request, texts).get(io[0])
+        except RequestError:  # it is refused
+            return []
+        if salt is None or prompt is None or prompt.is_floating_point():
+            return []
+        return list(prefix_blocks(salt, prompt.flatten().tolist()))
+
+    def _prompt(self, request: Request, texts: Texts) -> Mapping[str, Tensor]:
+        """The inputs of a START, with the tokens of its text."""
+        return request.inputs
 
     def sequence_started(self, sequence: SequenceState) -> None:
         """A sequence was given a slot here."""
@@ -179,6 +213,7 @@ class StepRouter(_Router):
             places,
             partial(_answer, driver.run),
             partial(_answer, self.run),
+            MUCH_FULLER,
         )
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
@@ -378,7 +413,7 @@ class StreamRouter(_Router):
         self._watch = CancellationWatch()
         self._lock = threading.RLock()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        super().__init__(driver.instance, address, places, driver.submit, self.submit)
+        super().__init__(driver.instance, address, places, driver.submit, self.submit, NEARLY)
         self._thread = threading.Thread(target=self._run, name="inplace-route", daemon=True)
         self._thread.start()
 
@@ -397,6 +432,9 @@ class StreamRouter(_Router):
         self._events.put(None)
         self._thread.join()
 
+    def _prompt(self, request: Request, texts: Texts) -> Mapping[str, Tensor]:
+        return self._driver.tokenize(request, texts).inputs
+
     def _route(self, arrival: Arrival) -> Arrival | None:
         """Hold, forward or offer a request; returns what this instance's driver gets of it."""
         request, texts, channel = arrival
@@ -411,7 +449,7 @@ class StreamRouter(_Router):
                 self._forward(peer, request, arrival, RoutedChannel(channel))
                 return None
             if peer is None:
-                peer = self._destination(request)
+                peer = self._destination(request, texts)
             offer = _Offer(arrival, RoutedChannel(channel), peer)
             self._offers[request.sequence_id] = offer
             self._balance.send(offer, peer)

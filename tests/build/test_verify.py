@@ -18,6 +18,7 @@ from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from support import lowering
+from support.experts import moe_decoder
 from support.models import accumulator, captured, tiny_llama
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
@@ -387,3 +388,19 @@ def test_an_error_beyond_the_tolerance_is_compared_with_the_model_in_float32(
         "and from the model in float32 by .*, where the model's own rounding",
         options,
     )
+
+
+def test_a_model_that_chooses_experts_may_differ_as_much_as_its_other_roundings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine rounds otherwise than the model, and may choose other experts, as the model may."""
+    monkeypatch.setitem(TOLERANCE, Dtype.BFLOAT16, 1e-7)
+    model = moe_decoder("mixtral").to(torch.bfloat16)
+    capture = capture_decoder(model, DecoderOptions(capacity=32, max_rows=2, chunk=8))
+    options = BuildOptions(dtype=Dtype.BFLOAT16, capacity=32, chunk=8, max_rows=2, slots=4)
+    assert capture.float32_reference is not None
+    precise = capture.float32_reference()
+    exact = replace(capture, reference=precise, float32_reference=lambda: precise)
+    write_engine(exact, tmp_path / "model", options)
+    with pytest.raises(BuildError, match="where the model's own rounding makes 0"):
+        write_engine(replace(exact, perturbed_reference=None), tmp_path / "refused", options)

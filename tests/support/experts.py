@@ -78,6 +78,10 @@ def moe_decoder(name: str, **changes: object) -> PreTrainedModel:
     config = getattr(transformers, kind)(**(_SMALL | fields | changes))
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.set_experts_implementation("eager")
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            # Routers begin at zero: every expert is a tie, and devices break ties differently.
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 

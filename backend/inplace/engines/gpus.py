@@ -1,5 +1,7 @@
 """The GPU that an engine runs on: chosen by the server, compared with what the engine needs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -51,6 +53,20 @@ def use_gpu(index: int) -> None:
             "instance_group in config.pbtxt, or CUDA_VISIBLE_DEVICES"
         )
     torch.cuda.set_device(index)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Have cuDNN compute float32 convolutions and recurrent layers in float32.
+
+    PyTorch lets it round their inputs to the 10 bits of TF32's mantissa unless it is told not to.
+    """
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def device_of(manifest: Manifest) -> torch.device:

@@ -12,7 +12,7 @@ from typing_extensions import Buffer
 import inplace.operators  # noqa: F401  registers the operators that the graph calls
 from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
-from inplace.engines.gpus import device_of
+from inplace.engines.gpus import device_of, full_float32
 from inplace.engines.graph_reader import LoadedGraph, finish_modules, read_graphs
 from inplace.engines.scales import check_scales
 from inplace.errors import LoadError
@@ -115,7 +115,7 @@ class TorchEngine:
         self, inputs: Mapping[str, Tensor], requested: Collection[str]
     ) -> dict[str, Tensor]:
         """The requested outputs of a step, on the engine's device."""
-        with torch.inference_mode():
+        with torch.inference_mode(), full_float32():
             arguments = [
                 inputs[spec.name].to(self._device, non_blocking=True)
                 for spec in self._program.inputs

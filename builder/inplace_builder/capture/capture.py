@@ -45,6 +45,9 @@ class Capture:
         initial: the tensors that `StateSpec.initial` names, of one slot each.
         float32_reference: makes the same model in float32, to tell its own rounding from an
             engine's error; None if its weights are not rounded, or if there is no such model.
+        perturbed_reference: makes the model with its token embeddings rounded otherwise, at random,
+            by a seed: what it computes may differ as much from one rounding to another; None where
+            there is no float32_reference.
         thresholds: positions at which the model states that something changes; verification runs
             past them, whatever was captured.
         notes: what the build records of how it was captured.
@@ -63,6 +66,7 @@ class Capture:
     min_capacity: int | None = None
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     float32_reference: Callable[[], Reference] | None = None
+    perturbed_reference: Callable[[int], Reference] | None = None
     thresholds: frozenset[int] = frozenset()
     notes: Mapping[str, str] = field(default_factory=dict)
     caveat: str = ""

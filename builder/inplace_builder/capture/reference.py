@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,9 +34,19 @@ def references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
     def float32_reference() -> Reference:
         return reference(float32_copy(model), as_fed=as_fed)
 
+    def perturbed_reference(seed: int) -> Reference:
+        run = reference(model, as_fed=as_fed)
+
+        def perturbed(requests: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+            with embeddings_rounded_otherwise(model, seed):
+                return run(requests)
+
+        return perturbed
+
     return {
         "reference": reference(model, as_fed=as_fed),
         "float32_reference": float32_reference if rounds else None,
+        "perturbed_reference": perturbed_reference if rounds else None,
         "thresholds": frozenset([*_thresholds(config.to_dict()), *sparse_limits(config)]),
     }
 
@@ -58,6 +69,28 @@ def reference(model: PreTrainedModel, *, as_fed: bool) -> Reference:
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
     return run
+
+
+@contextmanager
+def embeddings_rounded_otherwise(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Change each element of token embeddings by one rounding, up or down or not, by chance.
+
+    Args:
+        model: a model in a type of 16 bits.
+        seed: of the changes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(_: object, __: object, embedded: Tensor) -> Tensor:
+        direction = torch.randint(-1, 2, embedded.shape, generator=generator)
+        step = direction.to(embedded.device) * (torch.finfo(embedded.dtype).eps / 2)
+        return (embedded.float() * (1 + step)).to(embedded.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(change)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _last_logits(model: PreTrainedModel, parts: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inplace.drivers.detokenizer import TOKENIZER_NAME
+from inplace.engines.gpus import full_float32
 from inplace.schema.schedule import DEFAULT_SCHEDULE
 from inplace.schema.served import FILE_NAME, Manifest
 
@@ -88,7 +89,8 @@ def write_engine(
         if _runs_here(manifest):
             stage("verify it against the model")
             prepare()
-            manifest = _verified(folder, manifest, capture)
+            with full_float32():
+                manifest = _verified(folder, manifest, capture)
         text = None
         if generates:
             text = TextSettings(eos_token_ids, manifest.has_file(TOKENIZER_NAME))

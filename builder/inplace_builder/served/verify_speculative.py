@@ -249,7 +249,8 @@ class _Rounds:
                 expected = self._reference(fed)[self._scores]
                 scores = outputs[self._scores][row]
                 exact = partial(self._comparison.in_float32, fed, self._scores)
-                self._comparison.check_close(where, scores, expected, exact)
+                others = partial(self._comparison.perturbed, fed, self._scores)
+                self._comparison.check_close(where, scores, expected, exact, others)
             token = int(outputs[self._output][row])
             chosen = _sampled(outputs[self._scores][row], active.sampling_params, len(history))
             if token != chosen:

@@ -4,10 +4,12 @@ Export, describe the call, write the files, verify, publish.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from inplace.engines.gpus import full_float32
 from inplace.schema.files import record_files
 from inplace.schema.specs import AliasKind, Dtype, Lowering
 from inplace.schema.standalone import (
@@ -136,7 +138,8 @@ def build(
                 manifest = write_files(folder, capture, call, plan)
             with load_errors():
                 loaded = Engine.load(folder)
-            notes = verify(loaded, reference, arguments, assume_consecutive=assume_consecutive)
+            with full_float32() if torch.cuda.is_available() else nullcontext():
+                notes = verify(loaded, reference, arguments, assume_consecutive=assume_consecutive)
             manifest = manifest.model_copy(update={"built_with": manifest.built_with | notes})
             with disk_errors(target):
                 manifest.save(folder)

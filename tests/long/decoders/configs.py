@@ -820,4 +820,6 @@ def make_model(name: str) -> PreTrainedModel:
         if parameter.dim() > 1 and not parameter.any():
             # Routers begin at zero: every expert is a tie, and devices break ties differently.
             nn.init.normal_(parameter, std=0.1)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # the default one ignores it
     return model.eval()

@@ -76,8 +76,6 @@ def survey(name: str, folder: Path, report: Report) -> None:
         report("reference", "forward")
     with quiet():
         model = make_model(name)
-        if getattr(model.config, "attn_logit_softcapping", None):
-            model.set_attn_implementation("eager")  # the default one ignores it
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     prompts = [prompt(seed, length, vocabulary) for seed, length in enumerate(PROMPTS)]
     try:

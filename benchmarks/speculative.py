@@ -3,8 +3,9 @@
 The model drafts with its own first layers. A random model is made of a configuration, with
 ``--agreeing`` such that its other layers change little: the draft is then nearly always right, as
 without it nearly never. Both are bounds of what a trained model does. With ``--model`` it is one of
-yours. The engine is built once with the draft; plain decoding runs the same engine's step. The two
-alternate, so that a change of the machine's speed affects both.
+yours. The engine is built once with the draft (``--build-only`` stops there); plain decoding runs
+the same engine's step. The two alternate, so that a change of the machine's speed affects both. The
+result is written after each number of rows.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from inplace_builder.served.options import BuildOptions
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.phases import Phases
 from benchmarks.record import facts
 
 RESULT = Path(__file__).parent / "results" / "speculative.json"
@@ -63,7 +65,8 @@ def random_model(folder: Path, arguments: argparse.Namespace) -> Path:
         num_key_value_heads=max(1, arguments.hidden // 256),
         max_position_embeddings=4096,
     )
-    model = LlamaForCausalLM(config)
+    with torch.device(arguments.device):
+        model = LlamaForCausalLM(config).to(Dtype(arguments.dtype).as_torch)
     if arguments.agreeing:
         with torch.no_grad():
             for layer in model.model.layers[arguments.draft_layers :]:
@@ -160,13 +163,15 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--engine", choices=("torch", "tensorrt"), default="torch")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--engine-folder", type=Path, help="keep the engine, or take what is kept")
+    parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds for all of it")
     parser.add_argument("--output", type=Path, default=RESULT)
     return parser.parse_args(given)
 
 
-def main() -> None:
-    """Run, print and write the result."""
-    arguments = parse()
+def build(arguments: argparse.Namespace, output: Path) -> dict[str, float]:
+    """Build the engine into ``output``; the seconds of each phase."""
     rows = max(arguments.rows)
     options = BuildOptions(
         dtype=Dtype(arguments.dtype),
@@ -180,19 +185,42 @@ def main() -> None:
         draft_layers=arguments.draft_layers,
         draft_tokens=arguments.draft_tokens,
     )
+    phases = Phases()
     with tempfile.TemporaryDirectory() as scratch:
+        phases("make a model")
         source = arguments.model or random_model(Path(scratch, "model"), arguments)
-        build_decoder(source, Path(scratch, "engine"), options, console.print)
-        folder = Path(scratch, "engine", MODEL_VERSION)
+        build_decoder(source, output, options, phases)
+    phases("done")
+    return phases.seconds
+
+
+def main() -> None:
+    """Run, print and write the result."""
+    arguments, begin = parse(), time.monotonic()
+    record = facts("speculative decoding beside plain decoding", "python -m benchmarks.speculative")
+    record["results"] = []
+
+    def save() -> None:
+        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        output = arguments.engine_folder or Path(scratch, "engine")
+        folder = output / MODEL_VERSION
+        if not folder.is_dir():
+            record["build_seconds"] = build(arguments, output)
+            save()
+        if arguments.build_only:
+            return
         drafting = SpeculativeInstance.open(folder)
         # The same engine and arena; sequences of the two never live at the same time.
         plain = ModelInstance(Manifest.load(folder), drafting.arena, drafting.engine, 600.0)
         with drafting.engine.on_stream():
-            results = [beside(plain, drafting, each, arguments.tokens) for each in arguments.rows]
-    record = facts("speculative decoding beside plain decoding", "python -m benchmarks.speculative")
-    record |= {"results": results}
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
-    console.print(results)
+            for rows in arguments.rows:
+                if time.monotonic() - begin > arguments.limit:
+                    break
+                record["results"].append(beside(plain, drafting, rows, arguments.tokens))
+                console.print(record["results"][-1])
+                save()
 
 
 if __name__ == "__main__":

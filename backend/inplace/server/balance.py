@@ -91,7 +91,7 @@ class SlotReader:
     """The memory of another instance.
 
     Args:
-        connected: the connection, from which nothing was received yet; it has a timeout.
+        connected: the connection, from which nothing was received yet.
 
     Raises:
         OSError: it was not given.

@@ -48,6 +48,10 @@ CLOSE_TIMEOUT = 1.0
 """Seconds that a thread of a connection is waited for when the model is unloaded."""
 
 
+NOT_KNOWN = -(1 << 31)
+"""Free slots of an instance that has not said yet how many it has."""
+
+
 RECEIVE_BYTES = 1 << 20
 """Bytes read from a socket at once."""
 
@@ -72,6 +76,7 @@ class Connection:
         connected: the socket.
         on_frames: called with the frames that have arrived together, in order.
         on_closed: called once, when the other end has gone or `close` was called.
+        prepare: receives what comes before the frames.
     """
 
     def __init__(
@@ -79,8 +84,10 @@ class Connection:
         connected: socket.socket,
         on_frames: "Callable[[Connection, list[Frame]], None]",
         on_closed: "Callable[[Connection], None]",
+        prepare: Callable[[socket.socket], None] = lambda _: None,
     ) -> None:
         self._socket, self._on_frames, self._on_closed = connected, on_frames, on_closed
+        self._prepare = prepare
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._receiver, self._writer = (
             threading.Thread(target=target, name="inplace-peer", daemon=True)
@@ -110,6 +117,7 @@ class Connection:
     def _receive(self) -> None:
         received = bytearray()
         try:
+            self._prepare(self._socket)
             while chunk := self._socket.recv(RECEIVE_BYTES):
                 received += chunk
                 if frames := decode(received):
@@ -177,22 +185,30 @@ class Peer:
             connected.connect(f"\0{address.name}")
             if not is_child_of(address.server, connected):
                 raise ConnectionRefusedError(f"{address.name} is not a process of this server")
-            self._slots = SlotReader(connected)
             connected.settimeout(None)
         except OSError:
             connected.close()
             raise
-        self._connection = Connection(connected, self._on_frames, self._on_closed)
+        self._slots: SlotReader | None = None
+        self._connection = Connection(
+            connected, self._on_frames, self._on_closed, self._receive_memory
+        )
         self._connection.send(encode({"type": "hello", "nonce": nonce, "relays": relays}, {}))
 
     @property
     def free_slots(self) -> int:
-        """How many slots are free there, less the sequences that it is about to start."""
-        return self._slots.read()
+        """How many slots are free there, less the sequences that it is about to start.
+
+        Fewer than anywhere until that is known.
+        """
+        return NOT_KNOWN if self._slots is None else self._slots.read()
 
     def known_blocks(self, blocks: Sequence[bytes]) -> int:
         """How many of the first blocks of a prompt a slot there has."""
-        return self._slots.known_blocks(blocks)
+        return 0 if self._slots is None else self._slots.known_blocks(blocks)
+
+    def _receive_memory(self, connected: socket.socket) -> None:
+        self._slots = SlotReader(connected)
 
     def forward(self, arrivals: Sequence[Arrival]) -> list[int]:
         """Have requests that came together answered there, each through its channel.

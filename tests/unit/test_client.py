@@ -6,10 +6,22 @@
 import pickle
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from inplace.client import ClientError, RefusedError, Retry, SequenceLostError, UnreachableError
+from inplace.client import (
+    ClientError,
+    RefusedError,
+    Retry,
+    Sequence,
+    SequenceLostError,
+    UnreachableError,
+)
 from inplace.client.errors import may_answer, parse_error
 from inplace.client.logprobs import TokenLogprob
 from inplace.client.replay import GenerationProgress, Piece, SequenceTracker
@@ -197,6 +209,31 @@ def test_only_retryable_errors_are_retried_after_growing_random_pauses() -> None
     assert most.tolist() == pytest.approx(bounds, rel=0.1)
     assert (most <= bounds).all()
     assert np.array(runs).min() < 0.1 * most.min()
+
+
+def test_the_first_try_counts_and_its_time_too() -> None:
+    full = parse_error(error("INPLACE-X retryable=1 sequence=7 request=r: x"), 7, "r")
+
+    def tries(retry: Retry, failures: int, seconds: float = 0.0) -> int:
+        """How often an operation runs that fails so many times, each after so many seconds."""
+        ran = 0
+
+        def operation() -> int:
+            nonlocal ran
+            ran += 1
+            time.sleep(seconds)
+            if ran <= failures:
+                raise full
+            return ran
+
+        sequence: Any = SimpleNamespace(_client=SimpleNamespace(retry=retry))
+        with suppress(ClientError):
+            assert Sequence._retry(sequence, operation) == failures + 1
+        return ran
+
+    quick = Retry(attempts=3, initial_delay=0.001)
+    assert [tries(quick, failures) for failures in (0, 1, 2, 9)] == [1, 2, 3, 3]
+    assert tries(replace(quick, timeout=0.02), 1, seconds=0.03) == 1
 
 
 def test_a_server_that_failed_is_the_last_choice_during_its_cooldown() -> None:

@@ -5,6 +5,7 @@ sync-client`.
 """
 
 import secrets
+import time
 from collections import abc
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
@@ -345,8 +346,20 @@ class AsyncSequence:
         await self._close_stream()
 
     async def _retry(self, operation: abc.Callable[[], abc.Awaitable[Result]]) -> Result:
-        async for attempt in self._client.retry.async_retrying():
+        """Try until it succeeds. Tenacity is asked after failures only: it takes time."""
+        begin = time.monotonic()
+        first: ClientError | None = None
+        try:
+            return await operation()
+        except ClientError as error:
+            if not error.retryable:
+                raise
+            first = error
+        async for attempt in self._client.retry.since(begin).async_retrying():
             with attempt:
+                if first is not None:
+                    failed, first = first, None
+                    raise failed
                 return await operation()
         raise AssertionError("tenacity returns or raises")
 
@@ -598,10 +611,10 @@ class AsyncGeneration:
 
     async def _next_piece(self) -> Piece:
         sequence, progress = self._sequence, self._progress
-        model = await sequence._metadata()
-        self._check_generates(model)
         try:
             if self._in_flight is None:
+                model = await sequence._metadata()
+                self._check_generates(model)
                 prefix, request = progress.begin(restores=sequence._tracker.restores)
                 self._in_flight = await sequence._replay(request, model, prefix, progress.num_fed)
                 await sequence._send(self._in_flight, model)

@@ -200,14 +200,20 @@ class AsyncStream:
         """
         while True:
             try:
-                async with asyncio.timeout(timeout):
-                    result, error = await self._responses.get()
-            except TimeoutError:
-                raise response_timeout(timeout) from None
+                result, error = self._responses.get_nowait()
+            except asyncio.QueueEmpty:
+                result, error = await self._next_response(timeout)
             if error is not None and may_answer(error, request.request_id):
                 raise error
             if result is not None and result.get_response().id == request.request_id:
                 return decode_outputs(result)
+
+    async def _next_response(self, timeout: float) -> tuple[Any, InferenceServerException | None]:
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._responses.get()
+        except TimeoutError:
+            raise response_timeout(timeout) from None
 
     async def close(self, *, cancel: bool) -> None:
         """Close it; the server cancels what is still to come.

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from time import monotonic
 from typing import Any
@@ -87,6 +87,10 @@ class Retry:
     timeout: float = 60.0
     initial_delay: float = 0.05
     max_delay: float = 5.0
+
+    def since(self, begin: float) -> "Retry":
+        """The same for a request whose first try began at that ``time.monotonic()``."""
+        return replace(self, timeout=max(0.0, self.timeout - (monotonic() - begin)))
 
     def retrying(self) -> Retrying:
         """The tries of one request of a synchronous client."""

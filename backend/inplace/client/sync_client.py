@@ -4,6 +4,7 @@ Written from async_client.py by tools/unasync.py: edit that file, then run `make
 """
 
 import secrets
+import time
 from collections import abc
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -344,8 +345,20 @@ class Sequence:
         self._close_stream()
 
     def _retry(self, operation: abc.Callable[[], Result]) -> Result:
-        for attempt in self._client.retry.retrying():
+        """Try until it succeeds. Tenacity is asked after failures only: it takes time."""
+        begin = time.monotonic()
+        first: ClientError | None = None
+        try:
+            return operation()
+        except ClientError as error:
+            if not error.retryable:
+                raise
+            first = error
+        for attempt in self._client.retry.since(begin).retrying():
             with attempt:
+                if first is not None:
+                    failed, first = first, None
+                    raise failed
                 return operation()
         raise AssertionError("tenacity returns or raises")
 
@@ -597,10 +610,10 @@ class Generation:
 
     def _next_piece(self) -> Piece:
         sequence, progress = self._sequence, self._progress
-        model = sequence._metadata()
-        self._check_generates(model)
         try:
             if self._in_flight is None:
+                model = sequence._metadata()
+                self._check_generates(model)
                 prefix, request = progress.begin(restores=sequence._tracker.restores)
                 self._in_flight = sequence._replay(request, model, prefix, progress.num_fed)
                 sequence._send(self._in_flight, model)

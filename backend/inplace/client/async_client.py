@@ -340,8 +340,7 @@ class AsyncSequence:
         """
         await self._cancel_unfinished()
         if self._tracker.needs_end:
-            with suppress(InferenceServerException):  # no server answers
-                await self._end()
+            await self._end_anywhere()
         self._tracker.reset()
         await self._close_stream()
 
@@ -477,6 +476,21 @@ class AsyncSequence:
         ):  # expected, see `SequenceTracker.end_request`
             await self._exchange(self._tracker.end_request(model), model)
         self._tracker.needs_end = False
+
+    async def _end_anywhere(self) -> None:
+        """Free what a server may hold for the sequence.
+
+        If it is gone, another one deletes what is stored of the sequence.
+        """
+        for _ in self._client._servers.urls:
+            try:
+                await self._end()
+            except UnreachableError:
+                if self._tracker.may_restore:  # then `_map_error` has chosen another server
+                    continue
+            except InferenceServerException:  # nothing more can be done
+                pass
+            return
 
     async def _cancel(self, progress: GenerationProgress) -> None:
         """Cancel a running generation; what it has generated stays part of the sequence."""

@@ -339,8 +339,7 @@ class Sequence:
         """
         self._cancel_unfinished()
         if self._tracker.needs_end:
-            with suppress(InferenceServerException):  # no server answers
-                self._end()
+            self._end_anywhere()
         self._tracker.reset()
         self._close_stream()
 
@@ -476,6 +475,21 @@ class Sequence:
         ):  # expected, see `SequenceTracker.end_request`
             self._exchange(self._tracker.end_request(model), model)
         self._tracker.needs_end = False
+
+    def _end_anywhere(self) -> None:
+        """Free what a server may hold for the sequence.
+
+        If it is gone, another one deletes what is stored of the sequence.
+        """
+        for _ in self._client._servers.urls:
+            try:
+                self._end()
+            except UnreachableError:
+                if self._tracker.may_restore:  # then `_map_error` has chosen another server
+                    continue
+            except InferenceServerException:  # nothing more can be done
+                pass
+            return
 
     def _cancel(self, progress: GenerationProgress) -> None:
         """Cancel a running generation; what it has generated stays part of the sequence."""

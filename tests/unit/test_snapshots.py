@@ -3,6 +3,7 @@
 import itertools
 import os
 import stat
+import time
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from inplace.snapshots import (
     SnapshotError,
     SnapshotReason,
     SnapshotStore,
+    model_folder,
     open_bucket,
     read_secret,
     state_contract,
@@ -333,6 +335,21 @@ def test_a_file_that_is_half_written_is_no_snapshot(tmp_path: Path, clock: Clock
     (tmp_path / f"{lease.name}.3.4567.part").write_bytes(b"of a later holder")
     target.end(mine)  # and with it goes what a server that was killed has left
     assert [entry.name for entry in bucket.list()] == [f"{lease.name}.3.4567.part"]
+
+
+def test_models_of_one_store_do_not_delete_each_others_snapshots(
+    tmp_path: Path, clock: Clock
+) -> None:
+    url = tmp_path.as_uri()
+    names = [model_folder(SECRET, name) for name in ("short", "long")]
+    assert len({*names, model_folder(KEY, "short")}) == 3
+    clock.seconds = time.time()
+    lasting = store(open_bucket(url, names[1]), clock)
+    lease = written(lasting)
+    clock.seconds += 60
+    assert store(open_bucket(url, names[0]), clock, seconds=30).sweep() == 0
+    assert lasting.claim(lease.name, KEY)[1].epoch == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_a_store_that_fails_is_unavailable(tmp_path: Path, clock: Clock) -> None:

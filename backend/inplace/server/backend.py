@@ -47,7 +47,13 @@ from inplace.server.routing import StepRouter, StreamRouter
 from inplace.server.settings import Settings, num_instances
 from inplace.server.stub import check_numpy
 from inplace.server.trust import trusted_folders
-from inplace.snapshots import SnapshotStore, open_bucket, read_secret, state_contract
+from inplace.snapshots import (
+    SnapshotStore,
+    model_folder,
+    open_bucket,
+    read_secret,
+    state_contract,
+)
 
 log = logging.getLogger("inplace")
 
@@ -153,9 +159,10 @@ def _open_store(model: str, options: SnapshotOptions, manifest: Manifest) -> Sna
     Raises:
         LoadError: it cannot be opened, or its secret cannot be read.
     """
+    secret = read_secret(options.secret_file)
     return SnapshotStore(
-        open_bucket(options.store),
-        read_secret(options.secret_file),
+        open_bucket(options.store, model_folder(secret, model)),
+        secret,
         model,
         state_contract(manifest),
         slot_bytes=manifest.slot_bytes,

@@ -11,7 +11,7 @@ from inplace.snapshots.content import Snapshot
 from inplace.snapshots.contract import state_contract
 from inplace.snapshots.errors import SnapshotError, SnapshotReason
 from inplace.snapshots.secret import read_secret
-from inplace.snapshots.store import Lease, Restored, SnapshotStore
+from inplace.snapshots.store import Lease, Restored, SnapshotStore, model_folder
 
 __all__ = [
     "Bucket",
@@ -21,6 +21,7 @@ __all__ = [
     "SnapshotError",
     "SnapshotReason",
     "SnapshotStore",
+    "model_folder",
     "open_bucket",
     "read_secret",
     "state_contract",

@@ -59,8 +59,12 @@ class Bucket(Protocol):
         """Delete an object, if it is there."""
 
 
-def open_bucket(url: str) -> Bucket:
-    """Open a folder by its URL.
+def open_bucket(url: str, folder: str = "") -> Bucket:
+    """Open a folder.
+
+    Args:
+        url: its URL, or that of the one around it.
+        folder: its name in that one; empty for the folder of the URL.
 
     Raises:
         LoadError: it cannot be opened, or a package is missing.
@@ -68,13 +72,13 @@ def open_bucket(url: str) -> Bucket:
     parsed = urlsplit(url)
     try:
         if parsed.scheme == "file":
-            return FileBucket(Path(unquote(parsed.path)))
+            return FileBucket(Path(unquote(parsed.path)) / folder)
         system, path = fsspec.core.url_to_fs(url)
     except (OSError, ValueError, ImportError) as error:
         extra = "; install inplace-triton[s3]" if isinstance(error, ImportError) else ""
         text = f"the store of the snapshots {url!r} cannot be opened: {error}{extra}"
         raise LoadError(text) from error
-    return ObjectBucket(system, path)
+    return ObjectBucket(system, f"{path.rstrip('/')}/{folder}")
 
 
 class FileBucket:

@@ -56,6 +56,15 @@ class Restored:
     lease: Lease
 
 
+def model_folder(secret: bytes, model: str) -> str:
+    """The name of the folder of a model's sequences in a store that several models have.
+
+    Their times to live and quotas may differ, and looking through one finds nothing of the others.
+    """
+    digest = hmac.digest(secret, b"inplace snapshots folder " + model.encode(), "sha256")
+    return digest.hex()[:32]
+
+
 class SnapshotStore:
     """Snapshots of the sequences of one model. Thread-safe.
 
@@ -64,7 +73,7 @@ class SnapshotStore:
     the snapshot replaces the claim. A replica that finds an epoch above its own is fenced.
 
     Args:
-        bucket: where the objects lie.
+        bucket: where the objects lie, and nothing of other models.
         secret: that all servers of the store share.
         model: the model's name.
         contract: of its engine (`inplace.snapshots.contract.state_contract`).

@@ -40,6 +40,7 @@ from support.models import greedy, late_token, tiny_llama
 from support.network_interpreter import interpret
 from support.plugin_decoders import plugin_network
 from support.plugin_networks import tensorrt_with_plugins
+from support.storing import memory_bucket, store_in
 from support.streaming import StreamClient, slow_steps, wait_until
 from support.vocabulary import added, tiny_tokenizer
 from torch import Tensor
@@ -204,6 +205,35 @@ def test_a_copy_has_the_tokens_of_its_sequence_and_the_states_of_both_programs(
         before = after
     assert counts[1] == counts[2]
     assert counts[2][0] > 0, counts
+
+
+def test_a_generation_goes_on_in_another_server_with_the_states_of_both_programs(
+    built: Built,
+) -> None:
+    key: dict[str, Any] = {"sequence_key": "mine"}
+    bucket, servers = memory_bucket(), list[StreamClient]()
+    for _ in range(2):
+        instance = instance_of(built)
+        store_in(instance, bucket)
+        servers.append(StreamClient(StreamDriver(instance, TokenizerConfig(), 8, engine_thread())))
+    first, second = servers
+    try:
+        for name, ids in PROMPTS.items():
+            with slow_steps(first, 0.005):
+                running = first.generate(name, ids, 30, **key).wait_for_tokens(4)
+                first.driver.hand_over()
+                running.assert_refused(Code.SHUTDOWN, "the sequence was stored", retryable=True)
+            got = running.tokens
+            restored: dict[str, Any] = {"restore": True, "position": len(ids) + len(got), **key}
+            rest = second.generate(name, [], 30 - len(got), end=True, **restored).wait()
+            assert got + rest.tokens == greedy(built.model, ids, 30)
+        assert drafted(second)[0] > 0
+    finally:
+        for server in servers:
+            server.driver.close()
+            assert server.driver.instance.snapshots is not None
+            server.driver.instance.snapshots.close()
+    assert bucket.list() == []
 
 
 def test_an_engine_with_a_draft_refuses_to_reuse_prefixes(own: Built) -> None:

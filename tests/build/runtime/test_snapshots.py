@@ -1,5 +1,6 @@
 """Sequences that are stored by one driver and go on in another, on real engines."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from support.driving import (
 from support.models import CHUNK, Repository, greedy, open_instance
 from support.storing import memory_bucket, store_in
 from support.streaming import StreamClient, slow_steps, wait_until
+from support.vocabulary import tiny_tokenizer
 
 KEY: dict[str, Any] = {"sequence_key": "mine"}
 RESTORE: dict[str, Any] = {"start": True, "restore": True, **KEY}
@@ -45,11 +47,13 @@ def opened(repository: Repository, bucket: Bucket) -> Iterator[Open]:
     """Opens servers of one model that share a store."""
     clients: list[StreamClient] = []
 
-    def open_client(every: int | None = None, **options: Any) -> StreamClient:
+    def open_client(
+        every: int | None = None, config: TokenizerConfig | None = None, **options: Any
+    ) -> StreamClient:
         instance = open_instance(repository.path / "llama")
         instance.engine = RecordingEngine(instance.engine)
         store_in(instance, bucket, every, **options)
-        clients.append(StreamClient(StreamDriver(instance, TokenizerConfig(), 64)))
+        clients.append(StreamClient(StreamDriver(instance, config or TokenizerConfig(), 64)))
         return clients[-1]
 
     yield open_client
@@ -174,6 +178,24 @@ def test_a_generation_is_stored_while_it_runs_and_cut_back_to_what_its_client_ha
     keeper._wake.set()
     wait_until(lambda: first.driver.instance.table.get("a") is None)
     first.step("a", [1], **KEY).assert_refused(Code.FENCED, "another server has restored")
+
+
+def test_a_generation_goes_on_with_its_grammar(opened: Open) -> None:
+    config = TokenizerConfig(tiny_tokenizer(), frozenset({2}))
+    first, second = opened(config=config), opened(config=config)
+    grammar: dict[str, Any] = {"regex": "[a-f]{40}", "temperature": 1.0, "seed": 3, **KEY}
+    expected = first.generate("whole", PROMPT, 60, end=True, **grammar).wait()
+    assert re.fullmatch("[a-f]{40}", expected.text)
+    with slow_steps(first, 0.002):
+        running = first.generate("a", PROMPT, 60, **grammar).wait_for_tokens(7)
+        first.driver.hand_over()
+        running.assert_refused(Code.SHUTDOWN, "the sequence was stored", retryable=True)
+    got = len(running.tokens)
+    position, rest = len(PROMPT) + got, grammar | RESTORE | {"num_generated": got}
+    goes_on = second.generate("a", [], 60 - got, position=position, end=True, **rest).wait()
+    assert goes_on.finish_reason == expected.finish_reason == "stop"
+    assert running.tokens + goes_on.tokens == expected.tokens
+    assert running.text + goes_on.text == expected.text
 
 
 def test_a_replica_that_writes_too_late_is_fenced(opened: Open, bucket: Bucket) -> None:

@@ -31,6 +31,10 @@ EVERY = {"kv": 8, "ring": 8, "ssm": 8, "whisper": 2, "rnnt": 2}
 """Positions after which a sequence is stored again: tokens, or requests with audio."""
 
 
+INSTANCES = {"kv": 2}
+"""Processes that serve a model, with slots of their own; one where it is not named."""
+
+
 def decoder(kind: str) -> PreTrainedModel:
     """A random decoder whose states are of a kind."""
     torch.manual_seed(0)
@@ -73,6 +77,8 @@ def build(folder: Path, slots: int) -> Path:
         def stored(config: pb.ModelConfig, values: dict[str, str] = values) -> None:
             for name, value in values.items():
                 config.parameters[name].string_value = value
+            if config.name in INSTANCES:
+                config.instance_group[0].count = INSTANCES[config.name]
 
         reconfigure(repository / kind, stored)
     return repository

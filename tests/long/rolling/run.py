@@ -198,9 +198,13 @@ async def _happen(event: str, replicas: Replicas, draw: random.Random) -> str:
 async def _left_behind(store: Path) -> list[str]:
     """What the store holds when all sequences have ended and there was time to delete."""
     deadline = time.monotonic() + 20.0
-    while (left := sorted(file.name for file in store.iterdir())) and time.monotonic() < deadline:
+    while (left := _files(store)) and time.monotonic() < deadline:
         await asyncio.sleep(0.2)
     return left
+
+
+def _files(store: Path) -> list[str]:
+    return sorted(file.name for file in store.rglob("*") if file.is_file())
 
 
 def _faults(tally: Tally) -> list[str]:

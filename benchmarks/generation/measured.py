@@ -14,8 +14,11 @@ from benchmarks.generation.chat_users import Chats
 from benchmarks.perf import generator
 from benchmarks.record import ROOT
 
-STARTED = 4.0
-"""Seconds after which all client processes have begun."""
+STARTED, PREPARED = 2.5, 4.0
+"""Seconds after which all client processes have begun, and have many long prompts ready.
+
+Where that is not so, ``late_s`` in the results says it.
+"""
 
 PARTS = "benchmarks.generation."
 """The package of the modules that are processes of clients."""
@@ -43,7 +46,7 @@ def run_arrivals(load: Arrivals, processes: int) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: a process of clients failed.
     """
-    load = replace(load, begin=time.time() + STARTED, parts=processes)
+    load = replace(load, begin=time.time() + PREPARED, parts=processes)
     parts = [replace(load, part=part) for part in range(processes)]
     return _from_beginning(_spread("arrivals", parts), load.begin)
 

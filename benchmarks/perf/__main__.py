@@ -13,8 +13,8 @@ time. ``all`` builds both models (`make perf`). Several modes may be named. The 
 decoder; one built for the other protocol is served with the configuration for this one.
 
 ``--instances 1,2,4`` measures steps with so many instances, each with an engine of its own, one
-number after the other; ``--share-engine`` measures each number above 1 again, with one engine for
-all of them. ``--nothing`` also sends the same steps to a model of Triton's own Python
+number after the other; ``--share-engine`` measures each number above 1 with one engine for all of
+them too, and before. ``--nothing`` also sends the same steps to a model of Triton's own Python
 backend that computes nothing: what a request costs before anything is done.
 
 Writes one JSON of all levels; `benchmarks.perf.plots` draws it. Input files are in perf_analyzer's
@@ -148,9 +148,11 @@ def measure(
         rows = [min(int(level), manifest.program("step").max_rows) for level in levels]
         alone = dict(zip(levels, engine_steps(model / "1", rows), strict=True))
     counts = [int(count) for count in given.instances.split(",")] if steps else [1]
-    kinds = [(count, False, False) for count in counts]
-    if steps and given.share_engine:
-        kinds += [(count, True, False) for count in counts if count > 1]
+    kinds = []
+    for count in counts:
+        if steps and given.share_engine and count > 1:
+            kinds.append((count, True, False))
+        kinds.append((count, False, False))
     if steps and given.nothing:
         kinds += [(count, False, True) for count in counts]
     for instances, shared, nothing in kinds:

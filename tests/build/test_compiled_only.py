@@ -8,6 +8,7 @@ from inplace.schema.served import Manifest
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.model_config import MODEL_VERSION
 from inplace_builder.served.options import BuildOptions
+from support.long import long_except
 from support.models import tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX, which compiles without a GPU")
 
 
-@pytest.mark.parametrize("alias", ["copy", "kv_cache_update"])
+@pytest.mark.parametrize("alias", long_except(["kv_cache_update"], ["copy", "kv_cache_update"]))
 def test_a_decoder_is_compiled_into_an_engine_directory(
     tmp_path: Path, alias: Literal["copy", "kv_cache_update"]
 ) -> None:

@@ -71,8 +71,11 @@ def pair(
         yield ServerPair(served.llama, [first, other])
 
 
-@pytest.fixture(params=[SyncAdapter, AsyncAdapter], ids=["sync", "asyncio"])
+@pytest.fixture(
+    params=long_except([AsyncAdapter], [SyncAdapter, AsyncAdapter]), ids=["sync", "asyncio"]
+)
 def adapter(request: pytest.FixtureRequest) -> Iterator[SyncAdapter]:
+    """The asynchronous client; the synchronous one is generated from it."""
     created: SyncAdapter = request.param()
     yield created
     created.close()

@@ -83,6 +83,7 @@ def test_what_an_operator_may_change_loads(
         assert client.is_model_ready("operated")
 
 
+@pytest.mark.long
 def test_swapped_outputs_are_refused_by_the_digest(
     repository: Repository, pool: ServerPool, client: InferenceServerClient
 ) -> None:

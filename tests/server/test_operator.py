@@ -223,6 +223,7 @@ def _refusal(tmp_path: Path) -> str:
     return str(refused.value)
 
 
+@pytest.mark.long
 def test_a_manifest_of_another_version_is_refused(repository: Repository, tmp_path: Path) -> None:
     folder = _alone(repository, tmp_path, "accumulator")
     edit(folder, lambda fields: fields.update(manifest_version=1))
@@ -231,6 +232,7 @@ def test_a_manifest_of_another_version_is_refused(repository: Repository, tmp_pa
     assert f"with `inplace build … --output {folder.parent}`" in refusal
 
 
+@pytest.mark.long
 def test_a_missing_engine_file_is_refused(repository: Repository, pool: ServerPool) -> None:
     Deployment(repository.path / "accumulator", "damaged").copy_to(pool.repository)
     (pool.repository / "damaged" / "1" / "engine.safetensors").unlink()
@@ -276,6 +278,7 @@ def test_the_example_of_a_module_of_your_own(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.long
 def test_the_example_of_a_module_with_an_lstm(capsys: pytest.CaptureFixture[str]) -> None:
     script = Path(__file__).parents[2] / "examples" / "lstm_module.py"
     runpy.run_path(str(script), run_name="__main__")

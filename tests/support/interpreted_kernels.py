@@ -77,7 +77,7 @@ def test_head_dimensions(dim: int, dtype: torch.dtype, rows: list[Row]) -> None:
 @STEPS
 @pytest.mark.parametrize(
     ("heads", "kv_heads"),
-    long_except([(9, 3), (40, 1)], [(2, 2), (9, 3), (4, 1), (17, 1), (40, 1)]),
+    long_except([(9, 3)], [(2, 2), (9, 3), (4, 1), (17, 1), (40, 1)]),
 )
 def test_groups_of_any_size(heads: int, kv_heads: int, rows: list[Row]) -> None:
     AttentionCase(spec(heads, kv_heads, rotary=32), rows).check()
@@ -202,21 +202,28 @@ def test_splits_are_combined_and_leave_the_locks_at_zero(start: int) -> None:
     )  # again, with what the first launch left in workspace and locks
 
 
-def test_splits_of_a_window_and_of_a_ring() -> None:
-    rows = [Row(3, 1090, 1), Row(1, 450, 1), Row(0, 5000, 1)]
-    AttentionCase(spec(window=700), rows[:2], capacity=1100).check()
-    AttentionCase(spec(window=700, ring=True), rows, capacity=710).check()
-    chunked = spec(attention_chunk=700, ring=True)
-    AttentionCase(chunked, [*rows, Row(2, 699, 1), Row(5, 1400, 1)], capacity=710).check()
-    AttentionCase(replace(chunked, ring=False), rows[:2], capacity=1100).check()
+@pytest.mark.parametrize("ring", long_except([True], [True, False]))
+@pytest.mark.parametrize("kind", ["window", "chunk"])
+def test_splits_of_a_window_and_of_a_ring(kind: str, ring: bool) -> None:
+    rows = [Row(3, 1090, 1), Row(1, 450, 1)]
+    if ring:
+        rows.append(Row(0, 5000, 1))
+    if ring and kind == "chunk":
+        rows += [Row(2, 699, 1), Row(5, 1400, 1)]
+    options = spec(window=700) if kind == "window" else spec(attention_chunk=700)
+    options = replace(options, ring=ring)
+    AttentionCase(options, rows, capacity=710 if ring else 1100).check()
 
 
-def test_splits_with_a_bias() -> None:
+BIASES = [spec(bias_heads=1), spec(6, 2, rotary=32, bias_heads=6, sinks=True)]
+
+
+@pytest.mark.parametrize("options", long_except(BIASES[1:], BIASES), ids=["plain", "all"])
+def test_splits_with_a_bias(options: AttentionSpec) -> None:
     rows = [Row(3, 1090, 1), Row(1, 450, 1), Row(0, 0, 1), Row(-1, 9, 1)]
-    for options in (spec(bias_heads=1), spec(6, 2, rotary=32, bias_heads=6, sinks=True)):
-        case = AttentionCase(options, rows, capacity=1100)
-        assert case.workspace is not None
-        case.check()
+    case = AttentionCase(options, rows, capacity=1100)
+    assert case.workspace is not None
+    case.check()
 
 
 @STEPS
@@ -229,7 +236,7 @@ def test_a_bias_of_what_no_token_sees_may_be_anything(rows: list[Row]) -> None:
     case.compare(case.launch(), expected, before)
 
 
-@pytest.mark.parametrize("heads", long_except([4], [1, 4]))
+@pytest.mark.parametrize("heads", long_except([1], [1, 4]))
 def test_blocks_that_a_bias_hides_as_a_whole_are_not_loaded(heads: int) -> None:
     for rows in ([Row(3, 1090, 1), Row(1, 450, 1), Row(0, 90, 1)], [Row(3, 900, 40), Row(1, 5, 2)]):
         case = AttentionCase(spec(bias_heads=heads), rows, capacity=1100)
@@ -279,7 +286,7 @@ def test_the_rotation_is_transformers() -> None:
 
 
 @settings(
-    max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 @given(data=st.data())
 def test_any_step_equals_the_reference(data: st.DataObject) -> None:

@@ -40,7 +40,7 @@ def parameters(rows: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "count"), long_except([(6, 7), (9, 1500)], [(6, 1), (6, 7), (9, 1500), (6, 5000)])
+    ("rows", "count"), long_except([(6, 7)], [(6, 1), (6, 7), (9, 1500), (6, 5000)])
 )
 @pytest.mark.usefixtures("few_splits")
 def test_the_kernel_chooses_the_operator_s_tokens(rows: int, count: int) -> None:

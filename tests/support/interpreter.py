@@ -1,6 +1,6 @@
 """Runs files of tests in Triton's interpreter, on a CPU.
 
-Each in a process of its own: Triton reads ``TRITON_INTERPRET`` when it is imported.
+In a process of their own: Triton reads ``TRITON_INTERPRET`` when it is imported.
 """
 
 import os
@@ -31,31 +31,25 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def run_interpreted(name: str, marked: str = "not long") -> None:
-    """Run the tests of a file of this folder.
+def run_interpreted(marked: str) -> None:
+    """Run the tests of all files ``interpreted_*.py`` of this folder, in one process.
 
     Args:
-        name: of the file.
-        marked: which of its tests, as pytest's ``-m`` takes it.
+        marked: which tests, as pytest's ``-m`` takes it.
 
     Raises:
         AssertionError: one fails; the text has its output.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        marked,
-        str(TESTS / name),
-    ]
+    files = sorted(str(path) for path in TESTS.glob("interpreted_*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, cwd=TESTS.parent
+        [*command, "-m", marked, *files],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=TESTS.parent,
     )
     assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
     assert " passed" in process.stdout

@@ -49,8 +49,9 @@ def in_order(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     """The tests in the order in which free processes take them, group by group.
 
     The real model comes first. Then groups of servers, the largest first, and groups of slow builds
-    take turns: a server waits for much of its time, and a build uses the cores meanwhile. The many
-    short ones come last, and let all processes end together.
+    (Triton's interpreter first, which is one long test) take turns: a server waits for much of its
+    time, and a build uses the cores meanwhile. The many short ones come last, and let all processes
+    end together.
     """
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -60,7 +61,8 @@ def in_order(items: Iterable[pytest.Item]) -> list[pytest.Item]:
         marks = {mark.name for item in each for mark in item.iter_markers()}
         kinds[next((kind for kind in kinds if kind in marks), "")].append(each)
     servers = sorted(kinds["server"], key=len, reverse=True)
-    turns = chain.from_iterable(zip_longest(servers, kinds["slow"], fillvalue=[]))
+    slow = sorted(kinds["slow"], key=lambda each: "test_interpreter" not in each[0].nodeid)
+    turns = chain.from_iterable(zip_longest(servers, slow, fillvalue=[]))
     return list(chain.from_iterable(chain(kinds["real_model"], turns, kinds[""])))
 
 

@@ -15,18 +15,9 @@ from inplace.kernels.linear_kernels import (
 )
 from inplace.operators import linear
 from inplace.operators.float8 import FLOAT8, dequantize, num_groups, quantize
-from support.interpreter import needs_interpreter, run_interpreted
-from support.long import long_except
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-
-@needs_interpreter
-@pytest.mark.slow
-@pytest.mark.parametrize("marked", long_except(["not long"], ["not long", "long"]))
-def test_kernels_equal_the_operator_in_the_interpreter(marked: str) -> None:
-    run_interpreted("interpreted_float8.py", marked)
 
 
 def test_rounding_keeps_three_bits_of_each_number() -> None:

@@ -15,8 +15,6 @@ from inplace.kernels.grouped_linear_kernels import few_pairs_kernel, many_pairs_
 from inplace.kernels.linear import HOPPER_SHARED_MEMORY
 from inplace.operators import grouped_linear, weighted_sum
 from support.grouped_linear_case import expert_ids, grouped_weights, products
-from support.interpreter import needs_interpreter, run_interpreted
-from support.long import long_except
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -174,10 +172,3 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(spec: GroupedLinearSpec, tok
     assert compiled.metadata.shared <= HOPPER_SHARED_MEMORY
     # tensor cores, fed through shared memory while earlier tiles are multiplied
     assert "mma" in compiled.asm["ptx"] and "cp.async" in compiled.asm["ptx"]
-
-
-@needs_interpreter
-@pytest.mark.slow
-@pytest.mark.parametrize("marked", long_except(["not long"], ["not long", "long"]))
-def test_kernels_equal_the_products_in_the_interpreter(marked: str) -> None:
-    run_interpreted("interpreted_grouped_linear.py", marked)

@@ -9,24 +9,10 @@ from inplace.kernels.attention import AttentionSpec, attention, attention_worksp
 from inplace.kernels.linear_kernels import gemv_kernel, pipelined_kernel, sliced_k_kernel
 from inplace.kernels.memory import Pointer
 from inplace.kernels.update import UpdateSpec, update
-from support.interpreter import needs_interpreter, run_interpreted
-from support.long import long_except
 from torch import bool as torch_bool
 from torch import float16, int32
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-
-@needs_interpreter
-@pytest.mark.slow
-@pytest.mark.parametrize("marked", long_except(["not long"], ["not long", "long"]))
-def test_kernels_equal_the_operators_in_the_interpreter(marked: str) -> None:
-    run_interpreted("interpreted_kernels.py", marked)
-
-
-@needs_interpreter
-def test_slots_are_copied_as_pytorch_copies_them_in_the_interpreter() -> None:
-    run_interpreted("interpreted_copies.py")
 
 
 @pytest.mark.parametrize(

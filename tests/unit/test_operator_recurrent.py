@@ -4,8 +4,6 @@ import pytest
 import torch
 from inplace import operators
 from support.attention_case import indices
-from support.interpreter import needs_interpreter, run_interpreted
-from support.long import long_except
 from support.recurrent_case import CHECKS, Operators, check_causal_conv1d
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -19,13 +17,6 @@ OPERATORS: Operators = {
 @pytest.mark.parametrize("name", CHECKS)
 def test_each_row_continues_from_its_slot(name: str) -> None:
     CHECKS[name](OPERATORS)
-
-
-@needs_interpreter
-@pytest.mark.slow
-@pytest.mark.parametrize("marked", long_except(["not long"], ["not long", "long"]))
-def test_the_kernels_do_the_same_in_the_interpreter(marked: str) -> None:
-    run_interpreted("interpreted_recurrences.py", marked)
 
 
 @pytest.mark.parametrize("silu", [False, True])

@@ -18,7 +18,6 @@ from inplace.parameters import Parameter
 from inplace.plugins import OPERATIONS, SampleOperation
 from inplace.runtime.requests import GREEDY, SamplingParams
 from inplace_builder.capture.decoder import DecoderOptions, decoder_program
-from support.interpreter import needs_interpreter, run_interpreted
 from support.long import long_except
 from torch import Tensor
 
@@ -195,13 +194,6 @@ def test_a_row_gives_the_same_token_alone_and_in_any_batch() -> None:
     for index in range(9):
         one = slice(index, index + 1)
         assert sample(scores[one], *(part[one] for part in parameters)) == together[index]
-
-
-@needs_interpreter
-@pytest.mark.slow
-@pytest.mark.parametrize("marked", long_except(["not long"], ["not long", "long"]))
-def test_the_kernel_equals_the_operator_in_the_interpreter(marked: str) -> None:
-    run_interpreted("interpreted_sample.py", marked)
 
 
 def test_the_plugin_checks_the_dtypes_of_its_inputs() -> None:

@@ -23,8 +23,6 @@ from inplace.runtime.sampling import ScoreAdjustments, token_mask
 from inplace.schema.served import Program
 from inplace.schema.specs import SAMPLING_OPTION_ROLES, Role, mask_words
 from inplace_builder.capture.decoder import DecoderOptions, decoder_program
-from support.interpreter import needs_interpreter, run_interpreted
-from support.long import long_except
 from torch import Tensor
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
@@ -359,16 +357,6 @@ def test_a_program_has_all_options_or_none(missing: Role) -> None:
     inputs = [spec.model_dump() for spec in PROGRAM.inputs if spec.role is not missing]
     with pytest.raises(ValueError, match="sampling options need an output that is sampled"):
         Program.model_validate({**PROGRAM.model_dump(), "inputs": inputs})
-
-
-# --- the kernel ---
-
-
-@needs_interpreter
-@pytest.mark.slow
-@pytest.mark.parametrize("marked", long_except(["not long"], ["not long", "long"]))
-def test_the_kernel_equals_the_operator_in_the_interpreter(marked: str) -> None:
-    run_interpreted("interpreted_sample_options.py", marked)
 
 
 def test_the_plugin_describes_the_operator() -> None:

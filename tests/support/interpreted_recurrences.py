@@ -49,12 +49,12 @@ def test_the_kernels_continue_each_row_from_its_slot(name: str) -> None:
     CHECKS[name](KERNELS)
 
 
-@pytest.mark.parametrize("name", long_except(OTHERS, CHECKS))
+@pytest.mark.parametrize("name", long_except(OTHERS[:-1], CHECKS))
 def test_so_do_those_that_go_from_chunk_to_chunk(name: str) -> None:
     CHECKS[name](KERNELS, torch.float16, 1e-2)
 
 
-@pytest.mark.parametrize(("memory", "size"), long_except([(7000, 16)], [(14000, 32), (7000, 16)]))
+@pytest.mark.parametrize(("memory", "size"), long_except([(14000, 32)], [(14000, 32), (7000, 16)]))
 def test_chunks_are_shorter_where_shared_memory_is_small(
     monkeypatch: pytest.MonkeyPatch, memory: int, size: int
 ) -> None:

@@ -10,6 +10,7 @@ from support.long import long_except
 
 @needs_interpreter
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("marked", long_except(["not long"], ["not long", "long"]))
 def test_kernels_equal_the_operators(marked: str) -> None:
     run_interpreted(marked)

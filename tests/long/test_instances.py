@@ -24,7 +24,7 @@ from support.generating import ENDLESS, GrpcStream, long_stream
 from support.instances import NO_FREE_SLOT, play
 from support.models import accumulator, greedy
 from support.observed import by_instance
-from support.pool import Deployment, ServerPool
+from support.pool import EXPLICIT, Deployment, ServerPool
 from support.streams import prompt
 from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient
@@ -187,3 +187,42 @@ def test_one_instance_killed_the_sequences_of_the_other_go_on_and_new_ones_are_s
         new = [ask(number, 1.0, start=True, end=True) for number in range(20, 30)]
         assert (1.0, 1) in new, new
         assert all(each == (1.0, 1) or "not healthy" in str(each) for each in new), new
+
+
+def test_stored_sequences_are_restored_in_the_instances_with_free_slots(
+    accumulators: Path, tmp_path: Path
+) -> None:
+    """They are live in no instance; each START comes to the one that Triton chooses."""
+    (tmp_path / "secret").write_bytes(b"0123456789abcdef" * 2)
+
+    def stored(config: pb.ModelConfig) -> None:
+        _two_patient(config)
+        config.parameters["snapshot_store"].string_value = (tmp_path / "store").as_uri()
+        config.parameters["snapshot_secret_file"].string_value = str(tmp_path / "secret")
+
+    (tmp_path / "repository").mkdir()
+    Deployment(accumulators / "pair", "pair_stored", stored).copy_to(tmp_path / "repository")
+    server = TritonServer(
+        tmp_path / "repository", Ports(0, 0, 0), log=tmp_path / "log", arguments=EXPLICIT
+    )
+    with server, InferenceServerClient(server.grpc_url) as client:
+        ask = partial(add, client, "pair_stored", sequence_key="k")
+        numbers = range(1, ALL + 1)
+        client.load_model("pair_stored")
+        assert [ask(each, each, start=True) for each in numbers] == [(each, 1) for each in numbers]
+        client.unload_model("pair_stored")
+        eventually(lambda: not stubs(server, "pair_stored"), "the model is unloaded")
+        client.load_model("pair_stored")
+        answers = [ask(each, 1.0, start=True, restore=True, position=1) for each in numbers]
+        assert answers == [(each + 1.0, 2) for each in numbers]
+        eventually(
+            lambda: (
+                list(by_instance(server, "pair_stored", "inplace_sequences_live").values())
+                == [SLOTS] * INSTANCES
+            ),
+            "both instances are full",
+        )
+        full = ask(ALL + 1, 1.0, start=True)
+        assert NO_FREE_SLOT in str(full)
+        answers = [ask(each, 1.0, end=True) for each in numbers]
+        assert answers == [(each + 2.0, 3) for each in numbers]

@@ -39,12 +39,21 @@ class Result:
         calls: of programs, by name.
         tokens: that were answered.
         late: chunks that were complete before the stream's last one was answered.
+        seconds: where the time went: to admit requests, and by program to launch calls, to wait for
+            them, and to advance their rows.
     """
 
     latencies: list[float] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     late: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def took(self, what: str, since: float) -> float:
+        """Add what has taken time since then; the present time."""
+        now = time.perf_counter()
+        self.seconds[what] = self.seconds.get(what, 0.0) + now - since
+        return now
 
 
 class Streams:
@@ -79,8 +88,10 @@ class Streams:
                 if stream in busy:
                     result.late += at >= begin + WARM_UP
                 else:
+                    before = time.perf_counter()
                     waiting.append(self._admit(stream, first=due < streams))
                     busy[stream] = at
+                    result.took("admit", before)
                 due += 1
             if waiting:
                 self._call(waiting, busy, result, begin + WARM_UP)
@@ -109,7 +120,13 @@ class Streams:
         left = [active for active in waiting if active not in called]
         assert rows[0].progress is not None
         name = rows[0].progress.next_call.program
-        self.instance.step(rows)
+        now = time.perf_counter()
+        step = self.instance.launch(rows)
+        now = result.took(f"launch {name}", now)
+        outputs = self.instance.wait(step)
+        now = result.took(f"wait for {name}", now)
+        self.instance.advance(step, outputs)
+        result.took(f"advance {name}", now)
         result.calls[name] = result.calls.get(name, 0) + 1
         waiting.clear()
         waiting.extend(left)
@@ -154,6 +171,7 @@ def main() -> None:
         audio_seconds = len(result.latencies) * streams.chunk_seconds
         measured |= {
             "calls": result.calls,
+            "seconds": {what: round(each, 3) for what, each in result.seconds.items()},
             "tokens_per_second": result.tokens / audio_seconds if audio_seconds else 0.0,
         }
         print(json.dumps(measured), flush=True)

@@ -356,6 +356,115 @@ def test_a_loop_that_is_done_is_run_again(careless: bool, tmp_path: Path) -> Non
         driver.close()
 
 
+class Rounds(nn.Module):
+    """What the programs of a chain of loops share: the rounds that are left, and a total."""
+
+    left: Tensor
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("left", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("total", torch.zeros(1))
+
+
+class OfRounds(nn.Module):
+    """A program of a chain of loops."""
+
+    def __init__(self, shared: Rounds) -> None:
+        super().__init__()
+        self.shared = shared
+
+
+class Begins(OfRounds):
+    """So many rounds, and a total of 0."""
+
+    def forward(self, rounds: Tensor) -> None:
+        self.shared.left.copy_(rounds)
+        self.shared.total.zero_()
+
+
+class AddsOne(OfRounds):
+    """One more, while rounds are left."""
+
+    def forward(self) -> None:
+        self.shared.total.add_((self.shared.left > 0).float())
+
+
+class GoesOn(OfRounds):
+    """Two rounds more."""
+
+    def forward(self) -> None:
+        self.shared.left.fill_(2)
+
+
+class Triples(OfRounds):
+    """Three times as much, while rounds are left."""
+
+    def forward(self) -> Tensor:
+        total = self.shared.total
+        total.copy_(torch.where(self.shared.left > 0, 3 * total, total))
+        return total * 1
+
+
+class Counts(OfRounds):
+    """One round less."""
+
+    def forward(self) -> Tensor:
+        self.shared.left.copy_((self.shared.left - 1).clamp(min=0))
+        return self.shared.left == 0
+
+
+def test_loops_may_follow_each_other_and_call_the_same_program(tmp_path: Path) -> None:
+    """Three sequences, each in a loop of its own for some time; all are begun anew."""
+    shared = Rounds()
+    plain = RowOptions(max_rows=4, outputs=())
+    begins = RowOptions(max_rows=4, outputs=(), limits={"rounds": (1, 5)})
+    triples = RowOptions(max_rows=4, outputs=("total_so_far",))
+    counts = RowOptions(max_rows=4, outputs=("done",), roles={"done": Role.DONE})
+    count = Call(program="count")
+    schedule: list[Call | Loop] = [
+        Call(program="begin"),
+        Loop(calls=(Call(program="add"), count), until="done", at_most=4),
+        Call(program="go_on"),
+        Loop(calls=(Call(program="triple"), count), until="done", at_most=5),
+    ]
+    captured = capture_programs(
+        {
+            "begin": (Begins(shared), begins, (torch.ones(1, dtype=torch.int64),)),
+            "add": (AddsOne(shared), plain, ()),
+            "go_on": (GoesOn(shared), plain, ()),
+            "triple": (Triples(shared), triples, ()),
+            "count": (Counts(shared), counts, ()),
+        },
+        schedule,
+    )
+    manifest = write_engine(captured, tmp_path / "chain", BuildOptions(slots=4, max_rows=4))
+    assert int(manifest.built_with["verified_limits"]) > 0
+    driver = StepDriver(ScheduledInstance.open(tmp_path / "chain" / "1"))
+    try:
+        for first in (1, 5):
+            requests = [
+                Request(name, True, False, {"rounds": torch.tensor([[rounds]])})
+                for name, rounds in ((1, first), (2, 2), (3, 3))
+            ]
+            answers = driver.run(requests)
+            totals = [
+                answer["total_so_far"].item() if not isinstance(answer, RequestError) else answer
+                for answer in answers
+            ]
+            # four rounds are the limit of the first loop
+            assert totals == [9.0 * min(first, 4), 18.0, 27.0]
+    finally:
+        driver.close()
+
+
+def test_a_loop_in_a_loop_is_refused_with_what_to_do() -> None:
+    inner = Loop(calls=(Call(program="add"),), at_most=2)
+    with pytest.raises(ValueError, match=r"loops are not nested, .* with at_most"):
+        Loop(calls=(inner, Call(program="count")), at_most=3)  # type: ignore[arg-type]
+
+
 # --- captures ---
 
 

@@ -1,6 +1,7 @@
 """Speculative decoding: drafted tokens change how fast tokens come, and never which ones."""
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -68,7 +69,7 @@ PROMPTS = {"a": [5], "b": [7, 3, 11, 2, 9, 4, 1, 8, 6, 3, 12], "c": [1, 2]}
 
 def model_of(folder: Path, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """A model whose first layer often, but not always, chooses the tokens of all its layers."""
-    model = tiny_llama(folder, vocab_size=TOKENS, **changes)
+    model = tiny_llama(folder, **{"vocab_size": TOKENS, **changes})
     torch.manual_seed(seed)
     with torch.no_grad():
         for index, layer in enumerate(model.model.layers):
@@ -271,6 +272,32 @@ def test_a_generation_fills_the_capacity_and_no_more(client: StreamClient, built
     assert channel.finish_reason == "capacity"
     assert channel.tokens == greedy(built.model, ids, POSITIONS - len(ids))
     client.step("b", [1]).assert_refused(Code.CAPACITY)
+
+
+def test_a_generation_with_a_grammar_is_not_drafted_and_disturbs_no_drafted_one(
+    tmp_path: Path,
+) -> None:
+    """Nor the generation that goes on behind it: the draft's states catch up with its tokens."""
+    tokenizer = tiny_tokenizer()
+    sizes: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size()}
+    model = model_of(tmp_path / "model", **sizes)
+    draft = model_of(tmp_path / "draft", seed=3, num_hidden_layers=1, **sizes)
+    capture = capture_speculative(model, draft, LIMITS, DRAFTED)
+    write_engine(capture, tmp_path / "engine", OPTIONS)
+    built = Built(tmp_path / "engine" / "1", capture, model, draft)
+    regex = "([0-9][a-z]){6}"
+    for client in clients(built, TokenizerConfig(tokenizer)):
+        beside = client.generate("a", PROMPTS["a"], 30)
+        follower = client.generate("b", PROMPTS["b"], 12, regex=regex).wait()
+        assert beside.wait().tokens == greedy(model, PROMPTS["a"], 30)
+        assert re.fullmatch(regex, follower.text), follower.error
+        before = drafted(client)
+        again = client.generate("c", PROMPTS["b"], 12, regex=regex).wait()
+        assert again.tokens == follower.tokens
+        assert drafted(client) == before
+        free = client.generate("b", [4, 9], 20, start=False).wait()
+        assert free.tokens == greedy(model, [*PROMPTS["b"], *follower.tokens, 4, 9], 20)
+        assert sum(drafted(client)) > sum(before)
 
 
 def test_a_client_that_leaves_in_the_middle_frees_its_slot_and_disturbs_nobody(

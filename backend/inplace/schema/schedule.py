@@ -3,7 +3,7 @@
 from functools import cached_property
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from inplace.schema.files import Record
 
@@ -48,6 +48,20 @@ class Loop(_Repeated):
     """
 
     calls: tuple[Call, ...] = Field(min_length=1)
+
+    @field_validator("calls", mode="before")
+    @classmethod
+    def _check_not_nested(cls, calls: object) -> object:
+        if isinstance(calls, list | tuple) and any(_is_loop(each) for each in calls):
+            raise ValueError(
+                "loops are not nested, a loop has calls only: let a program count inner rounds, "
+                "or write the calls with at_most"
+            )
+        return calls
+
+
+def _is_loop(each: object) -> bool:
+    return isinstance(each, Loop) or (isinstance(each, dict) and "calls" in each)
 
 
 RequestFlag = Literal["start", "next", "end", "decode"]

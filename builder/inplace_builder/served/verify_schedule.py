@@ -40,6 +40,11 @@ LIMITED_START = 2
 """The sequence whose first request runs with these limits too."""
 
 
+MOST_CALLS = 32
+"""Most calls, or rounds, for an ``until`` in all other requests but the first: a decoder of
+hundreds of tokens would otherwise be verified for many minutes."""
+
+
 STAGGER = 2
 """Calls between the starts of two sequences, so that they are at different loop counts."""
 
@@ -220,9 +225,12 @@ class _Verification:
             sequence.active = self.instance.admit(self._request(sequence, generator))
         if sequence.starts:
             sequence.states = self.programs.fresh_states()
+        progress = sequence.active.progress
+        assert progress is not None
         if last or (sequence.starts and sequence.id == LIMITED_START):
-            assert sequence.active.progress is not None
-            sequence.active.progress.loops = _limited(sequence.active.progress.loops)
+            progress.loops = _limited(progress.loops, 1)
+        elif sequence.id > 1 or sequence.num_requests > 1:
+            progress.loops = _limited(progress.loops, MOST_CALLS)
         sequence.starts = False
 
     def _request(
@@ -498,16 +506,17 @@ def _title(calls: Sequence[Call]) -> str:
     return f"program {names[0]}" if len(names) == 1 else f"the loop of {', '.join(names)}"
 
 
-def _limited(loops: tuple[Loop, ...]) -> tuple[Loop, ...]:
-    """The same schedule with at most one call wherever there is an ``until``."""
+def _limited(loops: tuple[Loop, ...], most: int) -> tuple[Loop, ...]:
+    """The same schedule with at most so many calls, and rounds, wherever there is an ``until``."""
+
+    def at_most(each: Call | Loop) -> dict[str, int | None]:
+        return {"at_most": min(each.at_most or most, most) if each.until else each.at_most}
+
     return tuple(
         loop.model_copy(
             update={
-                "at_most": 1 if loop.until else loop.at_most,
-                "calls": tuple(
-                    call.model_copy(update={"at_most": 1}) if call.until else call
-                    for call in loop.calls
-                ),
+                **at_most(loop),
+                "calls": tuple(call.model_copy(update=at_most(call)) for call in loop.calls),
             }
         )
         for loop in loops

@@ -105,7 +105,7 @@ def run(given: argparse.Namespace) -> None:
         line: dict[str, Any] = {"shape": shape}
         document["shapes"].append(line)
         for name, measure in Shape(given, shape, gpus).parts():
-            if time.monotonic() > ends:
+            if time.monotonic() > ends and name != "killed":  # that was measured with the first
                 line[name] = {"failed": f"not begun after {given.limit:.0f} s"}
                 continue
             begin = time.monotonic()
@@ -145,12 +145,13 @@ class Shape:
         self._model: Path = given.engines / shape
         self._manifest = Manifest.load(self._model / "1")
         self._kept: list[dict[str, list[int]]] = []
+        self._killed: dict[str, Any] = {"failed": "there was no server to kill an engine of"}
 
     def parts(self) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
         """The measurements by name, in order."""
         return [
             ("generations_all", lambda: self._generations(self._gpus)),
-            ("killed", self._killed),
+            ("killed", lambda: self._killed),
             ("generations_one", lambda: self._generations(self._gpus[:1])),
             ("steps_all", lambda: self._steps(self._gpus)),
             ("steps_one", lambda: self._steps(self._gpus[:1])),
@@ -181,6 +182,11 @@ class Shape:
             result["engines"] = self._engines(server, name)
             if len(gpus) > 1:
                 self._kept = self._sampled(server, streams)
+                try:
+                    self._killed = self._kill(server)
+                except Exception as error:  # the generations were measured all the same
+                    self._killed = {"failed": f"{type(error).__name__}: {error}"}
+                server.stop(timeout=0)  # Triton would wait for the sequences of the dead process
         return result
 
     def _sampled(self, server: TritonServer, streams: int) -> list[dict[str, list[int]]]:
@@ -223,15 +229,12 @@ class Shape:
             engines = self._engines(server, self._manifest.name)
         return {"sequences": sequences} | result | {"engines": engines}
 
-    def _killed(self) -> dict[str, Any]:
+    def _kill(self, server: TritonServer) -> dict[str, Any]:
+        """Kill an engine while sequences generate; their tokens are compared, too."""
         given, name = self._given, self._manifest.name
-        streams = given.streams * len(self._gpus) // 4
-        with self._served("stream", self._gpus) as server:
-            burst = burst_of(given, server, self._manifest, streams)
-            result, completed = asyncio.run(
-                measured(server, name, burst, streams, given.killed_tokens)
-            )
-            server.stop(timeout=0)  # Triton would wait for the sequences of the dead process
+        streams = max(2, given.streams * len(self._gpus) // 4)
+        burst = burst_of(given, server, self._manifest, streams)
+        result, completed = asyncio.run(measured(server, name, burst, streams, given.killed_tokens))
         every = max(1, len(completed) // given.compared * 2)
         self._kept += [
             {"prompt": each.prompt, "tokens": each.tokens} for each in completed[::every]

@@ -178,6 +178,23 @@ def test_a_sequence_that_nobody_has_stored_is_lost(speech: SequenceTracker) -> N
     assert "no server has stored it" in str(refused)
 
 
+def test_what_is_missing_behind_an_end_begins_with_a_start(speech: SequenceTracker) -> None:
+    """Triton ends a sequence for the END of a request, also where the backend refuses it."""
+    last = SequenceRequest(chunk(20).inputs, end=True)
+    lost(speech, last, SPEECH)
+    [asked] = speech.infer_requests(last, SPEECH)
+    speech.failed(error(Code.POSITION, f"{RESTORED}18, which"), asked)
+    first, *_ = speech.infer_requests(last, SPEECH)
+    assert shown(first) == (False, 18, None, [18, 18])
+    forgotten = InferenceServerException("x must specify the START flag on the first request")
+    assert speech.failed(parse_error(forgotten, "a", "r"), first).retryable
+    sent = speech.infer_requests(last, SPEECH)
+    assert [shown(each) for each in sent] == [
+        (position == 18, position, None, [position, position]) for position in range(18, 21)
+    ]
+    assert [each.end for each in sent] == [False, False, True]
+
+
 def test_a_sequence_too_young_to_be_stored_is_sent_again_from_its_beginning() -> None:
     young = SequenceTracker("a", "key", replay=True)
     for value in range(3):

@@ -288,24 +288,31 @@ class SequenceTracker:
                 return None
             whole = request.with_prefix(cast(list[int], tokens))
             rest = whole.without_first(restored_at)
-            return [self._infer_request(rest, model, restored_at, start=False)]
-        return self._recent_requests(request, model, restored_at)
+            return [self._infer_request(rest, model, restored_at, start=self._unanswered)]
+        # Triton has forgotten a sequence whose END was refused: then the first one carries START.
+        return self._recent_requests(request, model, restored_at, start=self._unanswered)
 
     def _recent_requests(
-        self, request: SequenceRequest, model: ModelMetadata, begin: int
+        self, request: SequenceRequest, model: ModelMetadata, begin: int, *, start: bool
     ) -> list[InferRequest] | None:
         """The requests that were kept from a position on, and this one; None if one is missing.
 
-        From position 0 on they begin the sequence again.
+        Args:
+            request: this one.
+            model: the model.
+            begin: the position.
+            start: whether the first one carries START.
         """
         position, requests = begin, list[InferRequest]()
         for at, recent in self._recent:
             if at == position:
-                requests.append(self._infer_request(recent, model, at, start=not position))
+                first = start and not requests
+                requests.append(self._infer_request(recent, model, at, start=first))
                 position += model.num_positions(recent.inputs)
         if position != self.length:
             return None
-        return [*requests, self._infer_request(request, model, position, start=not position)]
+        first = start and not requests
+        return [*requests, self._infer_request(request, model, position, start=first)]
 
     def _from_beginning(self, request: SequenceRequest, model: ModelMetadata) -> list[InferRequest]:
         """All requests of a sequence that is younger than its first snapshot, and this one.
@@ -313,7 +320,7 @@ class SequenceTracker:
         Raises:
             SequenceLostError: not all were kept.
         """
-        requests = self._recent_requests(request, model, 0)
+        requests = self._recent_requests(request, model, 0, start=True)
         if requests is None:
             self._restarting = False
             raise self._lost_error(f"no server has stored it, and {self._no_replay_reason}")

@@ -21,6 +21,7 @@ from inplace.snapshots import (
     SnapshotError,
     SnapshotReason,
     SnapshotStore,
+    content,
     model_folder,
     open_bucket,
     read_secret,
@@ -175,6 +176,28 @@ def test_a_changed_bit_anywhere_is_refused(bucket: Bucket, clock: Clock) -> None
     with pytest.raises(SnapshotError) as error:
         forged.claim(lease.name, KEY)  # whoever has another secret can neither read nor write
     assert reason(error) is SnapshotReason.TAMPERED
+
+
+def test_a_changed_bit_in_any_block_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also blocks that are exchanged, and ones that are left out."""
+    monkeypatch.setattr(content, "BLOCK_BYTES", 64)
+    states = {"a": torch.arange(40.0), "b": torch.arange(96.0)}
+    snapshot = Snapshot("contract", KEY, 8, 4, states=states)
+    whole = bytearray(b"".join(content.encode(content.Record("n", 1, 1.0, snapshot), KEY)))
+    read = content.decode(bytes(whole), "n", 1, KEY).snapshot
+    assert read is not None
+    assert all(torch.equal(read.states[name], each) for name, each in states.items())
+    for place in range(len(content.MAGIC), len(whole), 31):
+        changed = whole.copy()
+        changed[place] ^= 1
+        with pytest.raises(SnapshotError):
+            content.decode(changed, "n", 1, KEY)
+    for changed in (
+        whole[:-96] + whole[-32:],
+        whole[:-160] + whole[-96:-32] + whole[-160:-96] + whole[-32:],
+    ):
+        with pytest.raises(SnapshotError):
+            content.decode(changed, "n", 1, KEY)
 
 
 def test_a_copied_snapshot_is_refused(bucket: Bucket, clock: Clock) -> None:

@@ -73,7 +73,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_streams_get_the_tokens_of_generate(
     server: TritonServer, model: NemotronAsrStreamingForRNNT
 ) -> None:
-    """One in integers; one with a piece of a wrong rate between, which changes nothing."""
+    """One in integers; one with pieces between that are refused, which change nothing."""
     together = threading.Barrier(STREAMS)
     audio = [speech(number, 5 * CHUNK + 700 * number).clamp(-1, 1) for number in range(STREAMS)]
     audio[1] = (audio[1] * 32767).round() / 32768
@@ -88,8 +88,18 @@ def test_streams_get_the_tokens_of_generate(
                 if number == 1:
                     inputs = {"audio_int16": (part * 32768).short().numpy()}
                 if number == 2 and place == 1:
-                    with pytest.raises(RefusedError, match="takes 16000: resample"):
-                        sequence.step(inputs, parameters={"sample_rate": 8000})
+                    for wrong, rate, text in (
+                        (inputs, 8000, "takes 16000: resample"),
+                        ({"audio": np.full(9, np.nan, np.float32)}, SAMPLE_RATE, "from nan to nan"),
+                        ({"audio": part.numpy().astype(np.int16)}, SAMPLE_RATE, "INT16|int16"),
+                        (
+                            inputs | {"audio_int16": part.short().numpy()},
+                            SAMPLE_RATE,
+                            "audio_int16",
+                        ),
+                    ):
+                        with pytest.raises(RefusedError, match=text):
+                            sequence.step(wrong, parameters={"sample_rate": rate})
                 last = place == len(parts) - 1
                 outputs = sequence.step(inputs, end=last, parameters=PARAMETERS)
                 tokens += np.asarray(outputs["tokens"]).reshape(-1).tolist()

@@ -362,7 +362,7 @@ def test_generations_continue_when_one_of_two_servers_is_killed(pair: ServerPair
         expected = []
         for given, options in cases:
             with Sequence(reference, MODEL) as sequence:
-                generation = sequence.generate(given, 300, **options)
+                generation = sequence.generate(given, 160, **options)
                 assert [len(piece.tokens) for piece in generation]
                 expected.append(
                     (
@@ -377,7 +377,7 @@ def test_generations_continue_when_one_of_two_servers_is_killed(pair: ServerPair
         for adapter, client in zip(adapters, clients, strict=True):
             for _ in pair.urls:
                 sequence = adapter.sequence(client, MODEL)
-                generation = sequence.generate(given, 300, **options)
+                generation = sequence.generate(given, 160, **options)
                 running.append(
                     (adapter, sequence, generation, adapter.pieces(generation), tokens_text_after)
                 )

@@ -3,6 +3,7 @@
 The engine loop, a thread, admits requests, runs steps and routes their outputs.
 """
 
+import contextlib
 import logging
 import queue
 import sys
@@ -114,6 +115,7 @@ class StreamDriver:
                 requests = []
             try:
                 if self._closed:
+                    self._forget(request)
                     raise unloading()
                 requests.append(self._parser.parse(request, texts, channel))
                 self._watch_grammar(requests[-1])
@@ -127,6 +129,12 @@ class StreamDriver:
                 self._send_error(channel, backend_failure(error))
         if requests:
             self._engine_loop.submit(requests)
+
+    def _forget(self, request: Request) -> None:
+        """Delete what is stored of a sequence whose END is refused because the driver is closed."""
+        if request.end and self.instance.snapshots is not None:
+            with contextlib.suppress(RequestError):  # the key is none
+                self.instance.snapshots.forget(request.sequence_id, request.key_digest())
 
     def tokenize(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Request:
         """A request with the token ids of its text, if it has one. Thread-safe.
@@ -869,6 +877,8 @@ class EngineLoop:
         self._scheduler.clear()
         for request in requests:
             self._refuse(request, error)
+            if request.request.end and self._snapshots is not None:
+                self._snapshots.forget(request.sequence_id, request.key_digest)
             active = request.active
             if active is None:
                 continue

@@ -503,9 +503,11 @@ class Admission:
         """Refuse tokens that do not continue this sequence, or begin a new one if it is None.
 
         Raises:
-            RequestError: EMPTY_INPUT, CAPACITY or POSITION.
+            RequestError: POSITION, EMPTY_INPUT or CAPACITY.
         """
         pending = sequence is not None and sequence.pending_token is not None
+        # First: another instance may have the sequence at that position (`may_succeed_elsewhere`).
+        _check_position(validated, sequence.position if sequence is not None else 0)
         if validated.num_tokens == 0 and not pending:
             raise RequestError(
                 Code.EMPTY_INPUT,

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from inplace.drivers import StreamDriver, TokenizerConfig
 from inplace.drivers.shutdown import unloading
 from inplace.drivers.step_driver import StepDriver
 from inplace.errors import RESTORED, Code, RequestError
 from inplace.runtime import snapshots
+from inplace.runtime.requests import Request
 from inplace.snapshots import Bucket, SnapshotError, SnapshotReason
 from support.driving import (
     RecordingEngine,
@@ -278,6 +280,19 @@ def test_a_live_sequence_goes_on_without_the_store(opened: Open) -> None:
     answer = first.step("a", [1], position=len(PROMPT), **RESTORE)
     assert answer.wait().error is None
     assert count(first, "restored") == 0
+
+
+def test_an_instance_that_is_offered_a_sequence_declines_it_for_its_position(opened: Open) -> None:
+    """So that the next one is asked, which may have it; also where the request has no tokens."""
+    first = opened()
+    for parameters in (RESTORE, {"start": True, **KEY}):
+        given = {"max_tokens": 3, "position": 9, **parameters}
+        given.pop("start")
+        ids = torch.zeros((1, 0), dtype=torch.int64)
+        request = Request("a", True, False, {"input_ids": ids}, "r", given, offered=True)
+        answer = first.send(request).wait()
+        assert answer.error is not None
+        assert request.may_succeed_elsewhere(answer.error), answer.error
 
 
 def test_a_server_without_a_store_has_no_snapshots(repository: Repository) -> None:

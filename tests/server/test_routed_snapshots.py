@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from inplace.client import Client, Retry, Sequence
 from inplace.schema.snapshots import SnapshotOptions
+from inplace_builder.choices import Protocol
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
@@ -23,7 +24,7 @@ from support.models import accumulator
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
 SEQUENCES, EVERY = 8, 2
-MODELS = {"unary": "step", "flow": "stream"}
+MODELS: dict[str, Protocol] = {"unary": "step", "flow": "stream"}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, serve in MODELS.items():
         options = BuildOptions(
             slots=SEQUENCES, max_rows=SEQUENCES, capacity=1, serve=serve, snapshots=snapshots
-        )  # type: ignore[arg-type]
+        )
         write_engine(accumulator(max_rows=SEQUENCES), folder / "models" / name, options)
     return folder / "models"
 

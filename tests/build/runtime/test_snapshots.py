@@ -282,6 +282,19 @@ def test_a_live_sequence_goes_on_without_the_store(opened: Open) -> None:
     assert count(first, "restored") == 0
 
 
+def test_an_end_that_a_closing_server_refuses_leaves_nothing(opened: Open, bucket: Bucket) -> None:
+    first = opened()
+    with slow_steps(first, 0.002):
+        running = first.generate("a", PROMPT, 100, **KEY).wait_for_tokens(3)
+        ended = first.step("a", [1], end=True, **KEY)  # it lets the generation finish
+        first.driver.close()
+        running.wait()
+        ended.assert_refused(Code.SHUTDOWN, retryable=True)
+    first.step("b", PROMPT, end=True, **KEY).assert_refused(Code.SHUTDOWN, retryable=True)
+    drained(first)
+    assert bucket.list() == []
+
+
 def test_an_instance_that_is_offered_a_sequence_declines_it_for_its_position(opened: Open) -> None:
     """So that the next one is asked, which may have it; also where the request has no tokens."""
     first = opened()

@@ -4,8 +4,8 @@
 BIN := .venv/bin
 # Each process of the tests would compile all test files again.
 unexport PYTHONDONTWRITEBYTECODE
-# One process more than cores: tests of servers wait most of their time.
-PARALLEL := -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+# Two processes more than cores: tests of servers wait most of their time.
+PARALLEL := -n $(shell expr $$(nproc) + 2) --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12

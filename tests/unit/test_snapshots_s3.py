@@ -1,17 +1,31 @@
 """The store of snapshots in S3, which moto's server plays: conditional writes decide who claims."""
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import fsspec
 import pytest
 import torch
 from inplace.snapshots import Lease, Snapshot, SnapshotError, SnapshotReason, SnapshotStore
 from inplace.snapshots.buckets import ObjectBucket
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
 KEY = b"k" * 32
+
+
+def _one_write_at_a_time(patch: pytest.MonkeyPatch) -> None:
+    """Moto looks for an object and writes it in two steps; a store does both at once."""
+    lock, put = threading.Lock(), S3Response.put_object
+
+    def locked(self: S3Response) -> Any:
+        with lock:
+            return put(self)
+
+    patch.setattr(S3Response, "put_object", locked)
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +34,7 @@ def system() -> Iterator[fsspec.AbstractFileSystem]:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        _one_write_at_a_time(patch)
         server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         server.start()
         host, port = server.get_host_and_port()

@@ -5,13 +5,11 @@ whole in time have an error.
 """
 
 import asyncio
-import json
 import math
 import random
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import grpc
 
@@ -20,6 +18,7 @@ from benchmarks.generation.clients import (
     OpenAIClient,
     Target,
     TimedGeneration,
+    answer,
     check_whole,
     client_of,
     request_of,
@@ -129,7 +128,4 @@ async def main(load: Arrivals) -> list[TimedGeneration]:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    given["target"] = Target(**given["target"])
-    result = asyncio.run(main(Arrivals(**given)))
-    print(json.dumps([asdict(generation) for generation in result]))
+    answer(main, Arrivals)

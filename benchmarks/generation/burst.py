@@ -4,16 +4,15 @@
 """
 
 import asyncio
-import json
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.generation.clients import (
     GrpcClient,
     Target,
     TimedGeneration,
+    answer,
     check_whole,
     client_of,
     request_of,
@@ -84,7 +83,4 @@ async def main(burst: Burst) -> list[TimedGeneration]:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    given["target"] = Target(**given["target"])
-    result = asyncio.run(main(Burst(**given)))
-    print(json.dumps([asdict(generation) for generation in result]))
+    answer(main, Burst)

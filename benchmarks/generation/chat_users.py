@@ -5,14 +5,13 @@ turns of a user one after the other.
 """
 
 import asyncio
-import json
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from benchmarks.generation.clients import (
     Target,
     TimedGeneration,
+    answer,
     check_whole,
     client_of,
     request_of,
@@ -83,7 +82,4 @@ async def main(load: Chats) -> list[TimedGeneration]:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    given["target"] = Target(**given["target"])
-    result = asyncio.run(main(Chats(**given)))
-    print(json.dumps([asdict(turn) for turn in result]))
+    answer(main, Chats)

@@ -7,8 +7,10 @@ import nothing that takes long.
 import asyncio
 import json
 import random
+import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 import grpc
@@ -266,3 +268,16 @@ def check_whole(generation: TimedGeneration, tokens: int) -> None:
     """RuntimeError if it has not all tokens."""
     if sum(count for _, count in generation.responses) != tokens:
         raise RuntimeError(f"{generation.responses} arrived; expected {tokens} tokens")
+
+
+def answer(run: Callable[[Any], Coroutine[Any, Any, list[TimedGeneration]]], load: Any) -> None:
+    """Run the part of a load that a process of clients was given, and print what it measured.
+
+    Args:
+        run: the load.
+        load: its dataclass; the process's argument has the fields as JSON.
+    """
+    given = json.loads(sys.argv[1])
+    given["target"] = Target(**given["target"])
+    result = asyncio.run(run(load(**given)))
+    print(json.dumps([asdict(generation) for generation in result]))

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.generation.arrivals import Arrivals
@@ -31,12 +32,10 @@ def run_burst(load: Burst, processes: int) -> list[dict[str, Any]]:
         RuntimeError: a process of clients failed.
     """
     load = replace(load, begin=time.time() + STARTED)
-    processes = min(processes, load.streams)
-    parts, first = [], load.first
-    for number in range(processes):
-        streams = load.streams // processes + (number < load.streams % processes)
-        parts.append(replace(load, first=first, streams=streams))
-        first += streams
+    parts = [
+        replace(load, first=load.first + first, streams=count)
+        for first, count in _divided(load.streams, processes)
+    ]
     return _from_beginning(_spread("burst", parts), load.begin)
 
 
@@ -58,13 +57,18 @@ def run_chats(load: Chats, processes: int) -> list[dict[str, Any]]:
         RuntimeError: a process of clients failed.
     """
     load = replace(load, begin=time.time() + STARTED)
-    processes = min(processes, load.users)
-    parts, first = [], load.first
-    for number in range(processes):
-        users = load.users // processes + (number < load.users % processes)
-        parts.append(replace(load, first=first, users=users))
-        first += users
+    parts = [
+        replace(load, first=load.first + first, users=count)
+        for first, count in _divided(load.users, processes)
+    ]
     return _from_beginning(_spread("chat_users", parts), load.begin)
+
+
+def _divided(count: int, processes: int) -> list[tuple[int, int]]:
+    """The first of each process's share of a count, and how many it has; no share is empty."""
+    processes = min(processes, count)
+    bounds = [count * number // processes for number in range(processes + 1)]
+    return [(first, end - first) for first, end in pairwise(bounds)]
 
 
 def _spread(module: str, parts: Sequence[Burst | Arrivals | Chats]) -> list[dict[str, Any]]:

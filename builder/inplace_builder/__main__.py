@@ -37,6 +37,19 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
 
 
+SnapshotSecretFile = Annotated[
+    Path | None,
+    typer.Option(help="File with 32 random bytes or more, the same for all servers of the store."),
+]
+SnapshotEvery = Annotated[
+    int | None,
+    typer.Option(
+        help="Positions after which a living sequence is stored again; default: only when the "
+        "server stops."
+    ),
+]
+
+
 def _print_version(requested: bool) -> None:
     if requested:
         console.print(f"inplace {__version__}", highlight=False)
@@ -199,19 +212,8 @@ def build(
             "others go on with them; needs --snapshot-secret-file."
         ),
     ] = None,
-    snapshot_secret_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with 32 random bytes or more, the same for all servers of the store."
-        ),
-    ] = None,
-    snapshot_every: Annotated[
-        int | None,
-        typer.Option(
-            help="Positions after which a living sequence is stored again; default: only when the "
-            "server stops."
-        ),
-    ] = None,
+    snapshot_secret_file: SnapshotSecretFile = None,
+    snapshot_every: SnapshotEvery = None,
 ) -> None:
     """Build a model into a model repository, after verifying it against transformers."""
     with _errors("build", "builder"):
@@ -371,19 +373,8 @@ def serve(
             "so that they go on in another server; needs --snapshot-secret-file."
         ),
     ] = None,
-    snapshot_secret_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with 32 random bytes or more, the same for all servers of the store."
-        ),
-    ] = None,
-    snapshot_every: Annotated[
-        int | None,
-        typer.Option(
-            help="Positions after which a living sequence is stored again; default: only when the "
-            "server stops."
-        ),
-    ] = None,
+    snapshot_secret_file: SnapshotSecretFile = None,
+    snapshot_every: SnapshotEvery = None,
     gpus: Annotated[
         str | None,
         typer.Option(

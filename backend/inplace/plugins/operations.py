@@ -192,14 +192,8 @@ class GroupedLinearOperation(Operation):
         )
 
 
-@register
-@dataclass(frozen=True)
-class WeightedSumOperation(Operation):
-    """``inplace::weighted_sum``. Inputs: x, weights."""
-
-    name: ClassVar[str] = "InplaceWeightedSum"
-
-    width: int
+class _WeightedOperation(Operation):
+    """An operation on x and weights, whose result has x's type."""
 
     @property
     def input_count(self) -> int:
@@ -213,6 +207,16 @@ class WeightedSumOperation(Operation):
     def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
         """X's."""
         return [inputs[0]]
+
+
+@register
+@dataclass(frozen=True)
+class WeightedSumOperation(_WeightedOperation):
+    """``inplace::weighted_sum``. Inputs: x, weights."""
+
+    name: ClassVar[str] = "InplaceWeightedSum"
+
+    width: int
 
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """A vector for each token."""
@@ -235,26 +239,13 @@ class WeightedSumOperation(Operation):
 
 @register
 @dataclass(frozen=True)
-class RmsNormOperation(Operation):
+class RmsNormOperation(_WeightedOperation):
     """``inplace::rms_norm``. Inputs: x, weight."""
 
     name: ClassVar[str] = "InplaceRmsNorm"
 
     width: int
     eps: float
-
-    @property
-    def input_count(self) -> int:
-        """X and the weight."""
-        return 2
-
-    def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
-        """The result has x's dtype; the weight may have any."""
-        return dtypes[position] in FLOATS and (position != 2 or dtypes[2] is dtypes[0])
-
-    def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
-        """X's."""
-        return [inputs[0]]
 
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """X's."""

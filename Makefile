@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-long check format sync-client tables models docs lock bench perf whisper soak fuzz soak-openai clients chart gpu clean
+.PHONY: help demo test test-fast test-long check format sync-client tables models docs lock bench perf whisper soak rolling fuzz soak-openai clients chart gpu clean
 BIN := .venv/bin
 # Each process of the tests would compile all test files again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -69,6 +69,10 @@ whisper: .venv/installed ## Whisper with real weights beside transformers; table
 soak: .venv/installed ## 10 minutes of 500 clients that misbehave; JSON into benchmarks/results
 	@PYTHONPATH=tests:tests/long $(BIN)/python -m soak --seconds 600 --clients 500 \
 		--out benchmarks/results/soak.json
+
+rolling: .venv/installed ## 64 sequences through rolling updates and kills of three servers; JSON into benchmarks/results
+	@PYTHONPATH=tests:tests/long $(BIN)/python -m rolling --servers 3 --updates 3 --kills 3 \
+		--seed 20 --out benchmarks/results/rolling.json
 
 fuzz: .venv/installed ## 10 000 random requests; JSON into benchmarks/results
 	@PYTHONPATH=tests:tests/long $(BIN)/python -m fuzz --requests 10000 \

@@ -135,8 +135,8 @@ class Decode:
                     spec, blocks, self.query, self.key, self.value,
                     self.stride, self.stride, self.stride, self.angles, self.angles,
                     self.keys, self.values, self.capacity, self.slots[index % len(self.slots)],
-                    self.starts, self.query, self.query, self.out, scratch, locks, rows, self.pdl,
-                    settled=self.pdl,
+                    self.starts, self.query, self.query, self.query, self.query, self.out, scratch,
+                    locks, rows, self.pdl, settled=self.pdl,
                 )  # fmt: skip
 
         return microseconds(launch, self.launches)
@@ -187,7 +187,7 @@ def tune_prefill(heads: int, kv_heads: int, dim: int, pdl: bool) -> None:
         for slot in slots:
             launch_append(
                 spec, key, value, stride, stride, angles, angles, keys, values,
-                1024, slot, offsets, starts, PROMPT, 1, pdl,
+                1024, slot, offsets, starts, query, query, PROMPT, 1, pdl,
             )  # fmt: skip
 
     def prefill(blocks: PrefillBlocks) -> Callable[[], None]:
@@ -195,7 +195,7 @@ def tune_prefill(heads: int, kv_heads: int, dim: int, pdl: bool) -> None:
             for slot in slots:
                 launch_prefill(
                     spec, blocks, query, stride, angles, angles, keys, values,
-                    1024, slot, offsets, starts, query, query, out, PROMPT, 1, pdl,
+                    1024, slot, offsets, starts, query, query, query, query, out, PROMPT, 1, pdl,
                 )  # fmt: skip
 
         return launch

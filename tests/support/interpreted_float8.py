@@ -1,12 +1,14 @@
-"""Linear layers of 8-bit floats in Triton's interpreter; `tests/unit/test_float8.py` runs this."""
+"""Linear layers and caches of 8-bit floats in Triton's interpreter, run by `test_float8.py`."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from inplace.kernels.attention import AttentionSpec
 from inplace.kernels.linear import (
     GemvBlocks,
     LinearBlocks,
@@ -18,6 +20,9 @@ from inplace.kernels.linear_kernels import quantize_kernel
 from inplace.operators.float8 import quantize
 from triton.runtime import interpreter
 
+from support.attention_case import Row
+from support.float8_cache_case import DECODE, MIXED, SPECS
+from support.float8_cache_case import check as check_attention
 from support.float8_case import LAYERS, check
 from support.long import long_except
 
@@ -99,3 +104,30 @@ def test_rows_are_rounded_as_the_operator_says(inputs: int, group: int) -> None:
     quantize_kernel[(5, groups)](x, out, out_scales, inputs, GROUP=group, BLOCK=256, PDL=False)
     assert torch.equal(out_scales, scales)
     assert torch.equal(out.float(), values.float())
+
+
+CACHES = list(product(SPECS, [DECODE, MIXED], [torch.float16, torch.float32]))
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows", "dtype"),
+    long_except(
+        [(SPECS[1], DECODE, torch.float16), (SPECS[2], MIXED, torch.float16)],
+        CACHES,
+    ),
+)
+def test_caches_store_what_the_operator_stores(
+    spec: AttentionSpec, rows: list[Row], dtype: torch.dtype
+) -> None:
+    check_attention(spec, rows, dtype=dtype)
+
+
+@pytest.mark.parametrize("rows", [[Row(0, 61, 1), Row(1, 3, 1)], [Row(0, 61, 5), Row(1, 3, 1)]])
+def test_rings_of_8_bit_floats_wrap_around(rows: list[Row]) -> None:
+    spec = AttentionSpec(4, 2, 32, 32, 0.2, window=16, ring=True, quantized=True)
+    check_attention(spec, rows, capacity=20)
+
+
+@pytest.mark.long
+def test_rows_that_are_split_have_scales() -> None:
+    check_attention(SPECS[0], [Row(0, 500, 1), Row(1, 3, 1)], capacity=600)

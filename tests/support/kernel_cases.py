@@ -61,6 +61,8 @@ class AttentionCase:
     seed: int = 0
     pdl: bool = False
     settled: bool = False
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
     offsets: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,6 +149,8 @@ class AttentionCase:
             locks=self.locks if self.workspace is not None else None,
             tokens=self.offsets[-1],
             rows=len(self.rows),
+            key_scale=self.key_scale,
+            value_scale=self.value_scale,
             pdl=self.pdl,
             settled=self.settled,
         )

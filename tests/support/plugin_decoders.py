@@ -67,6 +67,7 @@ class TwoSequences:
         positions = [
             torch.arange(at, at + len(part)) for at, part in zip(starts, parts, strict=True)
         ]
+        memory = {name: as_words(state) for name, state in self._memory.items()}
         inputs = {
             "input_ids": torch.tensor([token for part in parts for token in part]),
             "positions": torch.cat(positions).int(),
@@ -78,14 +79,14 @@ class TwoSequences:
                 [torch.tensor([*part[1:], 0], dtype=torch.int32) for part in parts]
             ),
             **greedy_rows(3),
-            **self._memory,
+            **memory,
             **{name: as_words(weight) for name, weight in self.network.bound_weights.items()},
         }
         outputs = interpret(self.network, {name: inputs[name] for name in self.network.inputs})
         for name, output in self.network.state_outputs.items():
-            assert outputs[output].data_ptr() == self._memory[name].data_ptr()
+            assert outputs[output].data_ptr() == memory[name].data_ptr()
         others = sorted(set(range(NUM_SLOTS)) - set(SLOTS))
-        assert all(state[others].isnan().all() for state in self._memory.values())
+        assert all(state.float()[others].isnan().all() for state in self._memory.values())
         self.lengths = [self.lengths[0] + len(first), self.lengths[1] + len(second)]
         names = set(outputs) - set(self.network.state_outputs.values())
         return [

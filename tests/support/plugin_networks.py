@@ -181,24 +181,25 @@ def _grouped_linear(operation: GroupedLinearOperation, *inputs: Tensor) -> list[
 def _attention(operation: AttentionOperation, *inputs: Tensor) -> list[Tensor]:
     first, row = operation.first_state, operation.first_row
     states = inputs[first:row]
-    given = [*states, *[None] * operation.latent, *inputs[row : row + 3]]
-    terms = iter(inputs[row + 3 :])
-    sinks = next(terms) if operation.sinks else None
-    bias = next(terms) if operation.bias_heads else None
+    stored = [state.view(torch.float8_e4m3fn) if operation.quantized else state for state in states]
+    given = [*stored, *[None] * operation.latent, *inputs[row : row + 3]]
+    optional = iter(inputs[row + 3 :])
+    present = (operation.sinks, operation.bias_heads, operation.quantized, operation.quantized)
+    terms = [next(optional) if each else None for each in present]
     names = ("scale", "causal", "window", "attention_chunk", "ring", "softcap")
     options: dict[str, Any] = {name: getattr(operation, name) for name in names}
     if operation.merged:
         rotary = inputs[1:3] if operation.rotary else (None, None)
         heads = operation.heads
-        out = ops.qkv_attention(inputs[0], *rotary, *given, sinks, bias, heads=heads, **options)
+        out = ops.qkv_attention(inputs[0], *rotary, *given, *terms, heads=heads, **options)
     elif operation.rotary:
-        out = ops.rotary_attention(*inputs[:5], *given, sinks, bias, **options)
+        out = ops.rotary_attention(*inputs[:5], *given, *terms, **options)
     else:
         new = inputs[1 : operation.projections]
         parts = [inputs[0], *new, *[None] * (2 - len(new))]
         latent = operation.value_dim if operation.latent else 0
         out = ops.attention(
-            *parts, *given, sinks, bias, append=operation.append, latent_dim=latent, **options
+            *parts, *given, *terms, append=operation.append, latent_dim=latent, **options
         )
     return [out, *states] if operation.append else [out]
 

@@ -1,4 +1,4 @@
-"""Weights and rows of 8-bit floats: the operator, and its kernels in Triton's interpreter."""
+"""Weights, rows and caches of 8-bit floats: the operators, and their kernels for Hopper."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from inplace.kernels.attention_kernels import append_kernel, decode_kernel, prefill_kernel
 from inplace.kernels.linear import LinearSpec, PipelinedBlocks, choose_blocks
 from inplace.kernels.linear_kernels import (
     gemv_kernel,
@@ -13,8 +14,8 @@ from inplace.kernels.linear_kernels import (
     quantize_kernel,
     sliced_k_kernel,
 )
-from inplace.operators import linear
-from inplace.operators.float8 import FLOAT8, dequantize, num_groups, quantize
+from inplace.operators import attention, linear
+from inplace.operators.float8 import FLOAT8, dequantize, num_groups, quantize, quantize_heads
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -131,3 +132,126 @@ def test_kernels_compile_for_hopper(
     assembly = triton.compile(source, GPUTarget("cuda", 90, 32)).asm["ptx"]
     if constants.get("QUANTIZED"):
         assert "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3" in assembly
+
+
+def cache_step() -> dict[str, Any]:
+    """A mixed step over caches of 8-bit floats; a token is far beyond the largest of them."""
+    torch.manual_seed(0)
+    key, value = torch.randn(6, 2, 8), torch.randn(6, 2, 4)
+    key[2], value[3] = 1e6, -1e6
+    key[0, 0, 0] = torch.inf
+    states = [torch.full((4, 2, 16, dim), float("nan")).to(FLOAT8) for dim in (8, 4)]
+    return {
+        "query": torch.randn(6, 4, 8) * 1e-3,
+        "key": key,
+        "value": value,
+        "key_state": states[0],
+        "value_state": states[1],
+        "slots": torch.tensor([3, -1, 1]),
+        "row_offsets": torch.tensor([0, 4, 5, 6]),
+        "write_indices": torch.tensor([0, 0, 0]),
+        "scale": 0.3,
+        "key_scale": torch.tensor([0.013, 0.5]),
+        "value_scale": torch.tensor([0.25, 0.021]),
+    }
+
+
+def test_a_cache_of_8_bit_floats_attends_to_what_it_stores() -> None:
+    """As over a cache in float32 with the rounded numbers; the largest stand for larger ones."""
+    step = cache_step()
+    out = attention(**step)
+    assert torch.isfinite(out).all()
+    rounded: dict[str, Any] = {"key_scale": None, "value_scale": None}
+    for name in ("key", "value"):
+        scale = step[f"{name}_scale"][:, None]
+        stored = quantize_heads(step[name], step[f"{name}_scale"])
+        rounded[name] = stored.float() * scale
+        near = (rounded[name] - step[name]).abs() <= step[name].abs() / 16 + scale * 2.0**-10
+        assert (near | (step[name].abs() > 448 * scale)).all()
+        assert (rounded[name].abs() <= 448 * scale).all()
+        state = step[f"{name}_state"].float()
+        assert torch.equal(state[3, :, :4].transpose(0, 1), stored[:4].float())
+        assert torch.equal(state[1, :, 0], stored[5].float())
+        assert state[[0, 2]].isnan().all()
+        assert state[3, :, 4:].isnan().all()
+        rounded[f"{name}_state"] = torch.full_like(state, float("nan"))
+    torch.testing.assert_close(out, attention(**step | rounded))
+    assert (out[4] == 0).all()
+
+
+def test_decode_steps_attend_to_what_prompts_have_stored() -> None:
+    step = cache_step()
+    attention(**step)
+    further = step | {
+        "query": torch.randn(3, 4, 8).bfloat16(),
+        "key": torch.randn(3, 2, 8).bfloat16(),
+        "value": torch.randn(3, 2, 4).bfloat16(),
+        "row_offsets": torch.arange(4),
+        "write_indices": torch.tensor([4, 0, 1]),
+    }
+    out = attention(**further)
+    assert out.dtype is torch.bfloat16
+    states = {
+        name: further[name].float() * further[name.replace("state", "scale")][:, None, None]
+        for name in ("key_state", "value_state")
+    }
+    again = further | states | {"append": False, "key": None, "value": None, "key_scale": None}
+    again |= {
+        "query": further["query"].float(),
+        "value_scale": None,
+        "write_indices": torch.tensor([5, 0, 2]),
+        "causal": False,
+    }
+    torch.testing.assert_close(out.float(), attention(**again), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key_scale": None}, r"key_scale must be \[2\] of torch\.float32, .* not None"),
+        ({"value_scale": torch.ones(3)}, r"value_scale must be \[2\] .* not \[3\] of"),
+        ({"key_scale": torch.ones(2).half()}, r"not \[2\] of torch\.float16"),
+        (
+            {"key_state": torch.zeros(4, 2, 16, 8), "value_state": torch.zeros(4, 2, 16, 4)},
+            r"there are scales, and the states are torch\.float32",
+        ),
+        (
+            {"value_state": torch.zeros(4, 2, 16, 4)},
+            r"that needs a value_state .* it is torch\.float32",
+        ),
+        ({"value_state": None, "value": None, "latent_dim": 4}, "there is none"),
+    ],
+)
+def test_caches_without_fitting_scales_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        attention(**cache_step() | changes)
+
+
+CACHE = {
+    "query": "*bf16", "key": "*bf16", "value": "*bf16", "cos": "*bf16", "sin": "*bf16",
+    "out": "*bf16", "key_state": "*fp8e4nv", "value_state": "*fp8e4nv", "slots": "*i32",
+    "row_offsets": "*i32", "write_indices": "*i32", "locks": "*i32", "scale": "fp32",
+    "query_stride": "i32", "key_stride": "i32", "value_stride": "i32", "capacity": "i32",
+    "rows": "i32", "tokens": "i32", "splits": "i32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", [decode_kernel, append_kernel, prefill_kernel], ids=str)
+def test_attention_kernels_compile_for_hopper(kernel: Any) -> None:
+    sizes = {
+        "KV_HEADS": 2, "GROUP": 4, "DIM": 64, "VALUE_DIM": 64, "ROTARY": 64, "BLOCK_R": 4,
+        "BLOCK_G": 16, "BLOCK_H": 4, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_V": 64,
+        "BLOCK_C": 8, "BLOCK_T": 16, "MIN_SPLIT": 128, "PACK": 4, "STAGES": 2, "WINDOW": 0,
+        "CHUNK": 0, "SOFTCAP": 0.0, "SINKS": False, "BIAS_HEADS": 0, "LATENT": False,
+        "QUANTIZED": True, "APPEND": True, "CAUSAL": True, "RING": False, "SPLIT_KV": True,
+        "PDL": True, "PREFETCH": True,
+    }  # fmt: skip
+    names = kernel.arg_names
+    constants = {name: value for name, value in sizes.items() if name in names}
+    types = {name: "constexpr" if name in constants else CACHE.get(name, "*fp32") for name in names}
+    source = ASTSource(
+        kernel, types, {(names.index(name),): value for name, value in constants.items()}
+    )
+    assembly = triton.compile(source, GPUTarget("cuda", 90, 32)).asm["ptx"]
+    if kernel is not prefill_kernel:  # it reads what has been rounded
+        assert "cvt.rn.satfinite.e4m3x2" in assembly

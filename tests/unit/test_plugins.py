@@ -171,6 +171,17 @@ def test_a_bias_comes_after_the_sinks_and_has_any_float_type() -> None:
     assert operation.accepts(10, [*before, HALF, INT]), "what was read before"
 
 
+def test_caches_of_8_bit_floats_are_words_and_have_scales_at_the_end() -> None:
+    operation = replace(EXAMPLES[-1], sinks=True, quantized=True)  # type: ignore[call-arg]
+    assert operation.input_count == 3 + 2 + 3 + 2 + 2 + 1
+    dtypes = [*[HALF] * 3, *[INT] * 5, *[HALF] * 2, *[torch.float32] * 2, INT, HALF, INT, INT]
+    for position in range(len(dtypes)):
+        assert operation.accepts(position, dtypes[: position + 1]), position
+    for position in (3, 4, 10, 11, 14, 15):
+        assert not operation.accepts(position, [*dtypes[:position], HALF]), position
+    assert operation.output_dtypes(dtypes) == [HALF, INT, INT]
+
+
 def test_cross_attention_writes_nothing() -> None:
     cross = EXAMPLES[3]
     assert not cross.aliases

@@ -53,6 +53,7 @@ class AttentionSpec:
         bias_heads: heads of the bias: 1 for one that all share, 0 for no bias.
         latent: there is no value state: a value is the first ``value_dim`` elements of its key,
             which has more.
+        quantized: the states are 8-bit floats (e4m3) with a scale of each kv head.
 
     Raises:
         ValueError: a combination that the kernels do not take.
@@ -73,6 +74,7 @@ class AttentionSpec:
     attention_chunk: int = 0
     bias_heads: int = 0
     latent: bool = False
+    quantized: bool = False
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
@@ -85,6 +87,8 @@ class AttentionSpec:
             )
         if self.latent and self.rotary:
             raise ValueError("keys that hold their values are not rotated")
+        if self.latent and self.quantized:
+            raise ValueError("keys that hold their values have no scales")
         if self.rotary % 2 or not 0 <= self.rotary <= self.dim:
             raise ValueError(
                 f"rotary is {self.rotary}; it must be even and at most the head dimension "
@@ -151,7 +155,7 @@ def _padded(extent: int) -> int:
 
 
 def decode_blocks(spec: AttentionSpec, itemsize: int) -> DecodeBlocks:
-    """Blocks of a decode step over states with ``itemsize`` bytes an element.
+    """Blocks of a decode step over states whose elements have ``itemsize`` bytes in registers.
 
     Heads of 64 in 16 bits were measured on an H100: one block of 128 positions a program, no
     pipeline. Wider positions keep the bytes of a block, which is in registers from the first load
@@ -255,6 +259,8 @@ def attention(
     locks: Memory | None,
     tokens: int,
     rows: int,
+    key_scale: Memory | None = None,
+    value_scale: Memory | None = None,
     pdl: bool = False,
     settled: bool = False,
 ) -> None:
@@ -274,7 +280,8 @@ def attention(
             slices of one merged projection.
         cos, sin: ``[tokens, rotary]``, any floating dtype; None exactly when ``spec.rotary`` is 0.
         key_state, value_state: ``[slots, kv_heads, capacity, dim]`` and ``[…, value_dim]``,
-            contiguous; the query's dtype. No value state if ``spec.latent``.
+            contiguous; the query's dtype, or float8_e4m3fn if ``spec.quantized``. No value state if
+            ``spec.latent``.
         capacity: positions of a slot.
         slots, row_offsets, write_indices: int32 ``[rows]``, ``[rows + 1]``, ``[rows]``; a slot of
             -1 is a null row.
@@ -286,6 +293,8 @@ def attention(
         locks: `attention_locks` int32 zeros, not shared with a launch that may run at the same
             time; None where the workspace is 0.
         tokens, rows: extents of the step.
+        key_scale, value_scale: ``[kv_heads]`` float32; None exactly when ``spec.quantized`` is
+            False.
         pdl: use programmatic dependent launch (compute capability 9.0 or later). The kernels then
             wait for their predecessor on the stream before they read or write anything.
         settled: with ``pdl``, the caller guarantees that no earlier kernel of this step writes
@@ -309,6 +318,8 @@ def attention(
         raise ValueError("sinks must be given exactly when the spec has them")
     if (spec.bias_heads > 0) != (bias is not None):
         raise ValueError("a bias must be given exactly when the spec has heads of one")
+    if (spec.quantized,) * 2 != (key_scale is not None, value_scale is not None):
+        raise ValueError("scales must be given exactly when the states are quantized")
     if tokens == 0 or rows == 0:
         return
     # The query stands for what is absent; the kernels do not read it.
@@ -317,23 +328,25 @@ def attention(
     cos, sin = cos if cos is not None else query, sin if sin is not None else query
     sinks = sinks if sinks is not None else query
     bias = bias if bias is not None else query
-    itemsize = key_state.dtype.itemsize
+    key_scale = key_scale if key_scale is not None else query
+    value_scale = value_scale if value_scale is not None else query
+    itemsize = query.dtype.itemsize  # cached numbers of 8 bits become the query's type
     if tokens == rows:
         launch_decode(
             spec, decode_blocks(spec, itemsize), query, key, value, query_stride, key_stride,
             value_stride, cos, sin, key_state, value_state, capacity, slots, write_indices, sinks,
-            bias, out, workspace, locks, rows, pdl, settled,
+            bias, key_scale, value_scale, out, workspace, locks, rows, pdl, settled,
         )  # fmt: skip
         return
     if spec.append:
         launch_append(
             spec, key, value, key_stride, value_stride, cos, sin, key_state, value_state, capacity,
-            slots, row_offsets, write_indices, tokens, rows, pdl,
+            slots, row_offsets, write_indices, key_scale, value_scale, tokens, rows, pdl,
         )  # fmt: skip
     launch_prefill(
         spec, prefill_blocks(spec, itemsize, tokens), query, query_stride, cos, sin, key_state,
-        value_state, capacity, slots, row_offsets, write_indices, sinks, bias, out, tokens, rows,
-        pdl,
+        value_state, capacity, slots, row_offsets, write_indices, sinks, bias, key_scale,
+        value_scale, out, tokens, rows, pdl,
     )  # fmt: skip
 
 
@@ -341,8 +354,8 @@ def launch_decode(
     spec: AttentionSpec, blocks: DecodeBlocks, query: Memory, key: Memory, value: Memory,
     query_stride: int, key_stride: int, value_stride: int, cos: Memory, sin: Memory,
     key_state: Memory, value_state: Memory, capacity: int, slots: Memory, write_indices: Memory,
-    sinks: Memory, bias: Memory, out: Memory, workspace: Memory | None, locks: Memory | None,
-    rows: int, pdl: bool, settled: bool = False,
+    sinks: Memory, bias: Memory, key_scale: Memory, value_scale: Memory, out: Memory,
+    workspace: Memory | None, locks: Memory | None, rows: int, pdl: bool, settled: bool = False,
 ) -> None:  # fmt: skip
     """Launch a step of one token a row, arguments as `attention`; benchmarks pass other blocks.
 
@@ -358,13 +371,15 @@ def launch_decode(
     block_h = min(_group_block(spec), triton.next_power_of_2(spec.group))
     block_v = _padded(spec.value_dim)
     decode_kernel[(rows, _head_blocks(spec), splits)](
-        query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, bias, out,
+        query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, bias,
+        key_scale, value_scale, out,
         out if workspace is None else workspace, slots if locks is None else locks,
         query_stride, key_stride, value_stride, capacity, splits, spec.scale,
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim,
         ROTARY=spec.rotary, APPEND=spec.append, WINDOW=spec.window,
         CHUNK=spec.attention_chunk, RING=spec.ring, SOFTCAP=spec.softcap, SINKS=spec.sinks,
-        BIAS_HEADS=spec.bias_heads, LATENT=spec.latent, SPLIT_KV=splits > 1,
+        BIAS_HEADS=spec.bias_heads, LATENT=spec.latent, QUANTIZED=spec.quantized,
+        SPLIT_KV=splits > 1,
         MIN_SPLIT=blocks.min_split,
         BLOCK_G=_group_block(spec), BLOCK_H=block_h, BLOCK_N=blocks.keys,
         BLOCK_D=_padded(spec.key_width), BLOCK_V=block_v,
@@ -377,15 +392,17 @@ def launch_decode(
 def launch_append(
     spec: AttentionSpec, key: Memory, value: Memory, key_stride: int, value_stride: int,
     cos: Memory, sin: Memory, key_state: Memory, value_state: Memory, capacity: int,
-    slots: Memory, row_offsets: Memory, write_indices: Memory, tokens: int, rows: int, pdl: bool,
+    slots: Memory, row_offsets: Memory, write_indices: Memory, key_scale: Memory,
+    value_scale: Memory, tokens: int, rows: int, pdl: bool,
 ) -> None:  # fmt: skip
     """Append the keys and values of a mixed step, arguments as `attention`."""
     block_t = 16
     append_kernel[(triton.cdiv(tokens, block_t), spec.kv_heads)](
-        key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices,
-        key_stride, value_stride, capacity, rows, tokens,
+        key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices, key_scale,
+        value_scale, key_stride, value_stride, capacity, rows, tokens,
         KV_HEADS=spec.kv_heads, DIM=spec.dim, VALUE_DIM=spec.value_dim, ROTARY=spec.rotary,
-        RING=spec.ring, LATENT=spec.latent, BLOCK_R=triton.next_power_of_2(rows), BLOCK_T=block_t,
+        RING=spec.ring, LATENT=spec.latent, QUANTIZED=spec.quantized,
+        BLOCK_R=triton.next_power_of_2(rows), BLOCK_T=block_t,
         BLOCK_D=_padded(spec.key_width), BLOCK_V=_padded(spec.value_dim), PDL=pdl,
         num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
@@ -395,7 +412,7 @@ def launch_prefill(
     spec: AttentionSpec, blocks: PrefillBlocks, query: Memory, query_stride: int,
     cos: Memory, sin: Memory, key_state: Memory, value_state: Memory, capacity: int,
     slots: Memory, row_offsets: Memory, write_indices: Memory, sinks: Memory, bias: Memory,
-    out: Memory, tokens: int, rows: int, pdl: bool,
+    key_scale: Memory, value_scale: Memory, out: Memory, tokens: int, rows: int, pdl: bool,
 ) -> None:  # fmt: skip
     """Attend in a mixed step whose keys are in their slots, arguments as `attention`.
 
@@ -409,11 +426,11 @@ def launch_prefill(
     )
     prefill_kernel[grid](
         query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, sinks, bias,
-        out, query_stride, capacity, spec.scale, rows,
+        key_scale, value_scale, out, query_stride, capacity, spec.scale, rows,
         KV_HEADS=spec.kv_heads, GROUP=spec.group, DIM=spec.dim, VALUE_DIM=spec.value_dim,
         ROTARY=spec.rotary, APPEND=spec.append, CAUSAL=spec.causal, WINDOW=spec.window,
         CHUNK=spec.attention_chunk, RING=spec.ring, SOFTCAP=spec.softcap, SINKS=spec.sinks,
-        BIAS_HEADS=spec.bias_heads, LATENT=spec.latent, PACK=pack,
+        BIAS_HEADS=spec.bias_heads, LATENT=spec.latent, QUANTIZED=spec.quantized, PACK=pack,
         BLOCK_R=triton.next_power_of_2(rows), BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
         BLOCK_D=_padded(spec.key_width), BLOCK_V=_padded(spec.value_dim), STAGES=blocks.stages,
         PDL=pdl, num_warps=blocks.warps, launch_pdl=pdl,

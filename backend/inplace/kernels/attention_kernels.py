@@ -20,12 +20,16 @@ after the wait.
 **Mixed steps**: rows with any number of tokens. One kernel appends all keys and values, the next
 attends (flash attention, arXiv:2205.14135). Each program finds its row, and its tokens of that row,
 on the device.
+
+**Caches of 8-bit floats** (``QUANTIZED``) have a scale for each kv head. What is loaded becomes the
+query's type, which has all of these numbers; the scale of keys is a factor of scores, that of
+values one of results.
 """
 
 import triton
 import triton.language as tl
 
-from inplace.kernels.memory import keep_in_registers, load_cached, load_rotated
+from inplace.kernels.memory import keep_in_registers, load_cached, load_rotated, quantized
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -59,8 +63,9 @@ def online_softmax(
     ``CHUNK`` hide. ``BIAS``: ``bias``, in `load_bias`'s form, is added to the scores.
     ``EMPTY``: a query may see none of these positions and none before them. ``LATENT``: values are
     a part of keys: ``latent`` is the part of the queries that they are multiplied with, ``q`` and
-    ``k`` are the rest.
+    ``k`` are the rest. Keys and values of 8 bits become the query's type, without rounding.
     """
+    k, v = k.to(q.dtype), v.to(q.dtype)
     products = tl.dot(q, tl.trans(k), input_precision="ieee")
     if LATENT:
         products = tl.dot(latent, tl.trans(v), products, input_precision="ieee")
@@ -141,12 +146,14 @@ def start_softmax(
 
 @triton.jit(do_not_specialize=["splits"])
 def decode_kernel(
-    query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, bias, out,
+    query, key, value, cos, sin, key_state, value_state, slots, write_indices, sinks, bias,
+    key_scale, value_scale, out,
     workspace, locks, query_stride, key_stride, value_stride, capacity, splits, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTARY: tl.constexpr, APPEND: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     RING: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, BIAS_HEADS: tl.constexpr,
-    LATENT: tl.constexpr, SPLIT_KV: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    LATENT: tl.constexpr, QUANTIZED: tl.constexpr, SPLIT_KV: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, PREFETCH: tl.constexpr,
@@ -221,6 +228,9 @@ def decode_kernel(
     bias_positions, num_cached = j, BLOCK_N
     if PREFETCH:
         tl.extra.cuda.gdc_wait()
+    if QUANTIZED:
+        of_keys, of_values = tl.load(key_scale + kv), tl.load(value_scale + kv)
+        scale *= of_keys
 
     angles = row.to(tl.int64) * ROTARY
     one = tl.full((1, 1), 1, tl.int1)
@@ -249,11 +259,15 @@ def decode_kernel(
             k_at + (DIM - KEY_WIDTH), d[None, :], one & owns_token, cos + angles + zero,
             sin + angles + zero, one & owns_token, KEY_WIDTH, ROTARY,
         )  # fmt: skip
-        k = k.to(key_state.dtype.element_ty)
+        if not QUANTIZED:
+            k = k.to(key_state.dtype.element_ty)
         v_at = k_at + e[None, :]
         if not LATENT:
             v_at = value + row.to(tl.int64) * value_stride + kv * VALUE_DIM + e[None, :]
         v = tl.load(v_at, mask=owns_token & (e < VALUE_DIM)[None, :], other=0.0)
+        if QUANTIZED:
+            k = quantized(k, of_keys).to(key_state.dtype.element_ty)
+            v = quantized(v, of_values).to(value_state.dtype.element_ty)
         entry = start % capacity if RING else start
         write = owns_token & (block == 0) & (entry < capacity)
         tl.store(keys + entry * DIM + d[None, :], k, mask=write & (d < KEY_WIDTH)[None, :])
@@ -318,6 +332,8 @@ def decode_kernel(
                 True, False, 0, 0, True, SOFTCAP, BIAS_HEADS > 0, LATENT,
             )  # fmt: skip
 
+    if QUANTIZED:
+        acc *= of_values
     if active_splits == 1:
         if SINKS:
             new_max = tl.maximum(row_max, sink)
@@ -399,11 +415,11 @@ def combine_splits(
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def append_kernel(
-    key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices,
-    key_stride, value_stride, capacity, rows, tokens,
+    key, value, cos, sin, key_state, value_state, slots, row_offsets, write_indices, key_scale,
+    value_scale, key_stride, value_stride, capacity, rows, tokens,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROTARY: tl.constexpr,
-    RING: tl.constexpr, LATENT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
+    RING: tl.constexpr, LATENT: tl.constexpr, QUANTIZED: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Append the keys, rotated, and values of a mixed step. Program (block of tokens, kv head)."""
     if PDL:
@@ -436,6 +452,8 @@ def append_kernel(
         k_at + (DIM - KEY_WIDTH), d, mask, cos + token * ROTARY, sin + token * ROTARY, mask,
         KEY_WIDTH, ROTARY,
     )  # fmt: skip
+    if QUANTIZED:
+        k = quantized(k, tl.load(key_scale + kv))
     tl.store(
         key_state + to * DIM + (DIM - KEY_WIDTH) + d,
         k.to(key_state.dtype.element_ty),
@@ -443,6 +461,8 @@ def append_kernel(
     )
     v_at = k_at if LATENT else value + token * value_stride + kv * VALUE_DIM
     v = tl.load(v_at + e, mask=mask & (e < VALUE_DIM), other=0.0)
+    if QUANTIZED:
+        v = quantized(v, tl.load(value_scale + kv))
     tl.store(
         value_state + to * VALUE_STRIDE + e,
         v.to(value_state.dtype.element_ty),
@@ -452,12 +472,12 @@ def append_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def prefill_kernel(
-    query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, sinks, bias, out,
-    query_stride, capacity, scale, rows,
+    query, cos, sin, key_state, value_state, slots, row_offsets, write_indices, sinks, bias,
+    key_scale, value_scale, out, query_stride, capacity, scale, rows,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTARY: tl.constexpr, APPEND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CHUNK: tl.constexpr, RING: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    BIAS_HEADS: tl.constexpr, LATENT: tl.constexpr, PACK: tl.constexpr,
+    BIAS_HEADS: tl.constexpr, LATENT: tl.constexpr, QUANTIZED: tl.constexpr, PACK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -532,6 +552,8 @@ def prefill_kernel(
     latent = q
     if LATENT:
         latent = tl.load(q_at + e, mask=present & (e < VALUE_DIM), other=0.0)
+    if QUANTIZED:
+        scale *= tl.load(key_scale + kv)
     row_max, row_sum = start_softmax(sinks, kv * GROUP + g, g < GROUP, BLOCK_M, SINKS)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     positions = start + token
@@ -577,6 +599,8 @@ def prefill_kernel(
                 True, CAUSAL, WINDOW, CHUNK, may_be_empty, SOFTCAP, BIAS_HEADS > 0, LATENT,
             )  # fmt: skip
     row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # a token that sees nothing: 0
+    if QUANTIZED:
+        acc *= tl.load(value_scale + kv)
     tl.store(
         out_at, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=present & (e < VALUE_DIM)
     )

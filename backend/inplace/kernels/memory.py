@@ -94,6 +94,17 @@ def load_rotated(
 
 
 @triton.jit
+def quantized(x, scale):
+    """What a cache of 8-bit floats rounds: ``x / scale``, at most 448 and at least -448.
+
+    With the rounding of the store this is `inplace.operators.float8.quantize_heads`: NaN stays NaN.
+    """
+    wide = x.to(tl.float32)
+    ratio = tl.div_rn(wide, tl.broadcast_to(scale, wide.shape))
+    return tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def load_cached(
     state, j, lower, upper, ring_first, capacity,
     BOUNDED: tl.constexpr, RING: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr,

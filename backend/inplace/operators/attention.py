@@ -4,15 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inplace.operators.float8 import FLOAT8, quantize_heads
 from inplace.operators.library import LIBRARY, define
-from inplace.operators.state import check_contiguous, write
+from inplace.operators.state import check_contiguous, indexable, write
 
 define(
     "attention",
     "(Tensor query, Tensor? key, Tensor? value, Tensor(a!) key_state, Tensor(b!)? value_state, "
     "Tensor slots, Tensor row_offsets, Tensor write_indices, Tensor? sinks=None, "
-    "Tensor? bias=None, *, float scale, bool append=True, bool causal=True, int window=0, "
-    "int attention_chunk=0, bool ring=False, float softcap=0.0, int latent_dim=0) -> Tensor",
+    "Tensor? bias=None, Tensor? key_scale=None, Tensor? value_scale=None, *, float scale, "
+    "bool append=True, bool causal=True, int window=0, int attention_chunk=0, bool ring=False, "
+    "float softcap=0.0, int latent_dim=0) -> Tensor",
 )
 
 
@@ -28,6 +30,8 @@ def _attention(
     write_indices: Tensor,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     *,
     scale: float,
     append: bool = True,
@@ -42,6 +46,12 @@ def _attention(
         query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring,
         latent_dim=latent_dim,
     )  # fmt: skip
+    _check_scales(key_state, value_state, key_scale, value_scale)
+    if key_scale is not None and value_scale is not None:
+        key, value = (
+            None if new is None else quantize_heads(new, of_heads)
+            for new, of_heads in ((key, key_scale), (value, value_scale))
+        )
     offsets, slot_list, starts = row_offsets.tolist(), slots.tolist(), write_indices.tolist()
     # One token a row and no ring wraps: one call appends all rows. Calls are what a small step
     # costs.
@@ -52,9 +62,9 @@ def _attention(
     )
     if one_token_each and append:
         assert key is not None
-        key_state[slots, :, write_indices] = key
+        indexable(key_state)[slots, :, write_indices] = indexable(key)
         if value_state is not None and value is not None:
-            value_state[slots, :, write_indices] = value
+            indexable(value_state)[slots, :, write_indices] = indexable(value)
     out = query.new_empty((*query.shape[:2], _value_dim(value_state, latent_dim)))
     for row, (slot, start) in enumerate(zip(slot_list, starts, strict=True)):
         first, end = offsets[row], offsets[row + 1]
@@ -80,8 +90,15 @@ def _attention(
             attention_chunk=attention_chunk,
             ring=ring,
         )
+        given = query[first:end]
+        if key_scale is not None and value_scale is not None:
+            given = given.float()
+            keys, values = (
+                part.float() * of_heads[:, None, None]
+                for part, of_heads in ((keys, key_scale), (values, value_scale))
+            )
         out[first:end] = _attend(
-            query[first:end],
+            given,
             keys,
             values,
             mask,
@@ -118,6 +135,8 @@ def _attention_on_gpu(
     write_indices: Tensor,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     *,
     scale: float,
     append: bool = True,
@@ -138,6 +157,7 @@ def _attention_on_gpu(
         query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring,
         latent_dim=latent_dim,
     )  # fmt: skip
+    _check_scales(key_state, value_state, key_scale, value_scale)
     tokens, heads, dim = query.shape
     _, kv_heads, capacity, _ = key_state.shape
     value_dim = _value_dim(value_state, latent_dim)
@@ -156,8 +176,10 @@ def _attention_on_gpu(
         attention_chunk=attention_chunk,
         bias_heads=0 if bias is None else bias.shape[1],
         latent=value_state is None,
+        quantized=key_scale is not None,
     )
-    for name, tensor in (("query", query), ("value_state", value_state)):
+    same = (("value_state", value_state), ("query", None if spec.quantized else query))
+    for name, tensor in same:
         if tensor is not None and tensor.dtype != key_state.dtype:
             raise TypeError(
                 f"{name} is {tensor.dtype}, key_state is {key_state.dtype}; they must be the same"
@@ -191,6 +213,8 @@ def _attention_on_gpu(
         write_indices=write_indices.int(),
         sinks=None if sinks is None else sinks.contiguous(),
         bias=None if bias is None else bias.contiguous(),
+        key_scale=key_scale,
+        value_scale=value_scale,
         out=out,
         workspace=query.new_empty(scratch, dtype=torch.float32) if scratch else None,
         locks=locks,
@@ -362,12 +386,46 @@ def _check_shapes(
     for name, new, state in (("key", key, key_state), ("value", value, value_state)):
         if new is None or state is None:
             continue
-        if new.dtype != state.dtype:
-            raise RuntimeError("keys and values must have their state's dtype")
+        if new.dtype != (query.dtype if state.dtype == FLOAT8 else state.dtype):
+            raise RuntimeError(
+                "keys and values must have their state's dtype, or the query's where that is "
+                "8-bit floats"
+            )
         if new.shape[1:] != (kv_heads, state.shape[3]):
             raise RuntimeError(
                 f"{name} is [tokens, {', '.join(map(str, new.shape[1:]))}], but its state holds "
                 f"{kv_heads} heads of {state.shape[3]} elements"
+            )
+
+
+def _check_scales(
+    key_state: Tensor,
+    value_state: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+) -> None:
+    """RuntimeError if states are 8-bit floats without a scale of each head, or others with one."""
+    scales = {"key_scale": key_scale, "value_scale": value_scale}
+    if key_state.dtype != FLOAT8:
+        if any(each is not None for each in scales.values()):
+            raise RuntimeError(
+                f"there are scales, and the states are {key_state.dtype}, not {FLOAT8}"
+            )
+        return
+    if value_state is None or value_state.dtype != FLOAT8:
+        raise RuntimeError(
+            f"key_state is {FLOAT8}; that needs a value_state of the same type, and "
+            + ("there is none" if value_state is None else f"it is {value_state.dtype}")
+        )
+    for name, of_heads in scales.items():
+        if of_heads is None or (of_heads.shape, of_heads.dtype) != (
+            key_state.shape[1:2],
+            torch.float32,
+        ):
+            raise RuntimeError(
+                f"{name} must be [{key_state.shape[1]}] of torch.float32, a scale of each kv head "
+                f"of states of {FLOAT8}, not "
+                + ("None" if of_heads is None else f"{list(of_heads.shape)} of {of_heads.dtype}")
             )
 
 
@@ -406,6 +464,8 @@ def _attention_fake(
     write_indices: Tensor,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     *,
     scale: float,
     append: bool = True,
@@ -420,6 +480,7 @@ def _attention_fake(
         query, key, value, key_state, value_state, sinks, bias, append=append, ring=ring,
         latent_dim=latent_dim,
     )  # fmt: skip
+    _check_scales(key_state, value_state, key_scale, value_scale)
     return query.new_empty((*query.shape[:2], _value_dim(value_state, latent_dim)))
 
 
@@ -443,6 +504,8 @@ def attention(
     latent_dim: int = 0,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> Tensor:
     """Append keys and values, then scaled dot-product attention over each row's own cached length.
 
@@ -481,6 +544,9 @@ def attention(
         bias: ``[tokens, heads or 1, capacity]``, any floating dtype: added to the score of each
             entry of the token's slot after scale and soft-cap; ``-inf`` hides an entry. What is
             not visible anyway may hold anything. The states must not be rings.
+        key_scale, value_scale: ``[kv_heads]`` float32, exactly where both states are
+            float8_e4m3fn: what is stored is `inplace.operators.float8.quantize_heads` of keys and
+            values, and what is attended to is the stored number times its head's scale.
 
     Returns:
         ``[tokens, heads, value_dim]``, the query's dtype.
@@ -500,6 +566,8 @@ def attention(
         write_indices,
         sinks,
         bias,
+        key_scale,
+        value_scale,
         scale=scale,
         append=append,
         causal=causal,

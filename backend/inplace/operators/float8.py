@@ -1,8 +1,8 @@
-"""8-bit floats (e4m3, arXiv:2209.05433) with scales: weights, and activations of a step.
+"""8-bit floats (e4m3, arXiv:2209.05433) with scales: weights, activations of a step, caches.
 
 A number is its 8-bit float times its scale, in float32. A scale belongs to a group of neighbours
 along the inputs of one output, or of one token: to `group` of them, the last group may have fewer,
-or to all where ``group`` is 0.
+or to all where ``group`` is 0. In caches each kv head has one.
 """
 
 import torch
@@ -53,3 +53,17 @@ def dequantize(values: Tensor, scale: Tensor, group: int = 0) -> Tensor:
         group: neighbours with one scale; 0 for all.
     """
     return values.float() * spread(scale, values.shape[-1], group)
+
+
+def quantize_heads(x: Tensor, scale: Tensor) -> Tensor:
+    """Round keys or values to what a cache of 8-bit floats stores.
+
+    Args:
+        x: ``[tokens, heads, dim]`` of any floating type.
+        scale: ``[heads]`` float32.
+
+    Returns:
+        ``[tokens, heads, dim]`` `FLOAT8`: ``x / scale`` in float32, rounded to the nearest, ties to
+        even. What is larger than the largest 8-bit float becomes that; only NaN becomes NaN.
+    """
+    return (x.float() / scale[:, None]).clamp(-LARGEST, LARGEST).to(FLOAT8)

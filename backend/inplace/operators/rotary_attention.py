@@ -14,8 +14,9 @@ define(
     "qkv_attention",
     "(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) key_state, Tensor(b!) value_state, "
     "Tensor slots, Tensor row_offsets, Tensor write_indices, Tensor? sinks=None, "
-    "Tensor? bias=None, *, int heads, float scale, bool causal=True, int window=0, "
-    "int attention_chunk=0, bool ring=False, float softcap=0.0) -> Tensor",
+    "Tensor? bias=None, Tensor? key_scale=None, Tensor? value_scale=None, *, int heads, "
+    "float scale, bool causal=True, int window=0, int attention_chunk=0, bool ring=False, "
+    "float softcap=0.0) -> Tensor",
 )
 
 
@@ -23,8 +24,9 @@ define(
     "rotary_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_state, "
     "Tensor(b!) value_state, Tensor slots, Tensor row_offsets, Tensor write_indices, "
-    "Tensor? sinks=None, Tensor? bias=None, *, float scale, bool causal=True, int window=0, "
-    "int attention_chunk=0, bool ring=False, float softcap=0.0) -> Tensor",
+    "Tensor? sinks=None, Tensor? bias=None, Tensor? key_scale=None, Tensor? value_scale=None, *, "
+    "float scale, bool causal=True, int window=0, int attention_chunk=0, bool ring=False, "
+    "float softcap=0.0) -> Tensor",
 )
 
 
@@ -61,8 +63,8 @@ def _qkv_attention(
         qkv: ``[..., heads * dim + kv_heads * dim + kv_heads * value_dim]``: queries, keys, values.
         cos, sin: ``[..., rotary]``, for the first ``rotary`` components of each head; None for no
             rotation.
-        key_state, value_state, others: states, slots, row_offsets, write_indices, sinks and
-            bias of `attention`.
+        key_state, value_state, others: states, slots, row_offsets, write_indices, sinks, bias and
+            scales of `attention`.
         heads: query heads.
         options: scale, causal, window, attention_chunk, ring and softcap of `attention`.
 

@@ -186,10 +186,14 @@ _INDEXABLE_DTYPES = {
 """For each type that PyTorch cannot index, one of the same size that it can."""
 
 
+def indexable(tensor: Tensor) -> Tensor:
+    """The same memory in a type that PyTorch can index."""
+    return tensor.view(_INDEXABLE_DTYPES.get(tensor.dtype, tensor.dtype))
+
+
 @torch.library.impl(LIBRARY, "read", "CompositeExplicitAutograd")
 def _read(state: Tensor, slots: Tensor) -> Tensor:
-    indexable = state.view(_INDEXABLE_DTYPES.get(state.dtype, state.dtype))
-    rows = indexable.index_select(0, slots.clamp(min=0))
+    rows = indexable(state).index_select(0, slots.clamp(min=0))
     null = (slots < 0).view(-1, *[1] * (state.dim() - 1))
     return rows.masked_fill_(null, 0).view(state.dtype)
 

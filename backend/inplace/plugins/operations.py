@@ -272,9 +272,13 @@ class AttentionOperation(Operation):
 
     Inputs: query, key, value (one tensor with all three if ``merged``; the query alone without
     ``append``); cos and sin if ``rotary``; the key state and the value state; slots, row_offsets,
-    write_indices; sinks if ``sinks``; a bias if ``bias_heads``; then ``readers`` results of earlier
-    reads of the states. The last make TensorRT run those reads first. Outputs: the attention's, and
-    the two states. If ``latent``, there is neither a value nor a value state.
+    write_indices; sinks if ``sinks``; a bias if ``bias_heads``; the scales of keys and of values if
+    ``quantized``; then ``readers`` results of earlier reads of the states. The last make TensorRT
+    run those reads first. Outputs: the attention's, and the two states. If ``latent``, there is
+    neither a value nor a value state.
+
+    If ``quantized``, states are 8-bit floats, four in a word of 32 bits, because not every TensorRT
+    hands 8-bit floats to a plugin: ``[slots, kv_heads, capacity, dim / 4]``.
 
     ``settled``: no earlier layer of the network writes slots, write indices or the states.
     """
@@ -297,6 +301,7 @@ class AttentionOperation(Operation):
     attention_chunk: int = 0
     bias_heads: int = 0
     latent: bool = False
+    quantized: bool = False
     merged: bool = False
     settled: bool = False
     readers: int = 0
@@ -323,13 +328,13 @@ class AttentionOperation(Operation):
 
     @property
     def input_count(self) -> int:
-        """Projections, cos and sin, states, row descriptions, sinks, bias, results of reads."""
+        """Projections, cos and sin, states, row descriptions, terms, results of reads."""
         return self.first_row + 3 + self.num_terms + self.readers
 
     @property
     def num_terms(self) -> int:
-        """How many of sinks and bias there are."""
-        return self.sinks + (self.bias_heads > 0)
+        """How many of sinks, bias and the two scales there are."""
+        return self.sinks + (self.bias_heads > 0) + 2 * self.quantized
 
     @property
     def aliases(self) -> Mapping[int, int]:  # type: ignore[override]
@@ -357,15 +362,21 @@ class AttentionOperation(Operation):
             attention_chunk=self.attention_chunk,
             bias_heads=self.bias_heads,
             latent=self.latent,
+            quantized=self.quantized,
         )
 
     def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
-        """Row descriptions are int32, sinks and bias floating, reads any, others as the query."""
+        """Row descriptions and words are int32, sinks and bias floating, scales float32.
+
+        Reads may have any type, all others have the query's.
+        """
         end = self.first_row + 3
-        if self.first_row <= position < end:
+        is_state = self.first_state <= position < self.first_row or position > self.input_count
+        if self.first_row <= position < end or (self.quantized and is_state):
             return dtypes[position] is torch.int32
         if end <= position < end + self.num_terms:
-            return dtypes[position] in FLOATS
+            is_scale = self.quantized and position >= end + self.num_terms - 2
+            return dtypes[position] in ((torch.float32,) if is_scale else FLOATS)
         return end <= position < self.input_count or (
             dtypes[position] in FLOATS and dtypes[position] is dtypes[0]
         )
@@ -414,6 +425,11 @@ class AttentionOperation(Operation):
         elif self.append:
             key, value = inputs[1], None if self.latent else inputs[2]
         cos, sin = inputs[first - 2 : first] if self.rotary else (None, None)
+        states = inputs[first:rows]
+        if self.quantized:
+            states = [Pointer(state.address, FLOAT8) for state in states]
+        end = rows + 3 + self.num_terms
+        key_scale, value_scale = inputs[end - 2 : end] if self.quantized else (None, None)
         attention(
             self.spec,
             query=query,
@@ -424,8 +440,8 @@ class AttentionOperation(Operation):
             value_stride=strides[2],
             cos=cos,
             sin=sin,
-            key_state=inputs[first],
-            value_state=None if self.latent else inputs[first + 1],
+            key_state=states[0],
+            value_state=None if self.latent else states[1],
             capacity=call.shapes[first][2],
             slots=inputs[rows],
             row_offsets=inputs[rows + 1],
@@ -437,6 +453,8 @@ class AttentionOperation(Operation):
             locks=call.locks,
             tokens=self._num_tokens(call.shapes[0]),
             rows=call.shapes[rows][0],
+            key_scale=key_scale,
+            value_scale=value_scale,
             pdl=call.pdl,
             settled=self.settled,
         )

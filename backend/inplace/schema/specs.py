@@ -14,7 +14,7 @@ An extent that this language cannot express, because it depends on the values of
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property, lru_cache, reduce
 from math import prod
@@ -266,6 +266,15 @@ MASK_BITS = 32
 def mask_words(vocab_size: int) -> int:
     """Words of a mask of so many tokens."""
     return -(-vocab_size // MASK_BITS)
+
+
+WORD = 4
+"""8-bit floats in a word: TensorRT has those of weights and states as words of 32 bits."""
+
+
+def in_words(shape: Sequence[Any]) -> tuple[Any, ...]:
+    """The shape of 8-bit floats as words; their last extent is a multiple of `WORD`."""
+    return (*shape[:-1], shape[-1] // WORD)
 
 
 INITIAL_FILE = "initial.safetensors"

@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from inplace.operators import linear
 from inplace.operators.float8 import FLOAT8, dequantize, quantize
+from inplace.schema.specs import WORD
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inplace_builder.choices import WeightOptions
 from inplace_builder.errors import BuildError
-
-WORD = 4
-"""Inputs of a layer are a multiple: TensorRT's plugins take so many 8-bit floats as one word."""
 
 MIN_GROUP = 32
 """Groups in which rows can be rounded are a multiple."""

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from inplace.operators import NAMESPACE
+from inplace.operators.float8 import FLOAT8
 from inplace.operators.state import VIEWS
-from inplace.schema.specs import Alias, Lowering, StateSpec
+from inplace.schema.specs import Alias, Lowering, StateSpec, in_words
 from inplace.trt import TensorRT
 from torch import Tensor
 from torch.export.graph_signature import ConstantArgument
@@ -247,9 +248,11 @@ class _Walk:
         if not isinstance(meta, Tensor):
             return meta
         self.inputs.append(node.name)
-        context = self._context
-        tensor = context.add_input(node.name, meta.dtype, self._shapes.get(node.name, meta.shape))
-        spec = self._specs.get(node.name)
+        context, spec = self._context, self._specs.get(node.name)
+        dtype, shape = meta.dtype, self._shapes.get(node.name, meta.shape)
+        if spec is not None and dtype == FLOAT8:
+            dtype, shape = torch.int32, in_words(shape)
+        tensor = context.add_input(node.name, dtype, shape)
         if spec is None:
             context.extents.define(tensor, meta.shape)
             return tensor

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from inplace.operators.float8 import FLOAT8
-from inplace.schema.specs import StateSpec
+from inplace.schema.specs import WORD, StateSpec
 from inplace.trt import TensorRT
 from torch.fx import Node
 
@@ -200,7 +200,7 @@ def as_words(tensor: torch.Tensor) -> torch.Tensor:
     """
     if tensor.dtype != FLOAT8:
         return tensor
-    if tensor.shape[-1] % 4:
+    if tensor.shape[-1] % WORD:
         raise LoweringError(
             f"a weight {tuple(tensor.shape)} of {tensor.dtype} does not fill words of four; its "
             f"inputs must be a multiple"

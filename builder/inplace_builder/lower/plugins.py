@@ -27,6 +27,7 @@ from inplace.plugins import (
     WeightedSumOperation,
     plugins,
 )
+from inplace.schema.specs import WORD, Dtype
 from inplace.trt import TensorRT
 
 from inplace_builder.errors import LoweringError
@@ -63,7 +64,14 @@ def supports_plugin(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility
                     f"heads of {use.state.name} are {use.state.shape[2]} wide; "
                     f"the attention kernels take up to {MAX_DIM}",
                 )
-        if not tensorrt.has_dtype(use.state.dtype.as_torch):
+        if use.state.dtype is Dtype.FLOAT8_E4M3FN and use.operator.endswith("attention"):
+            if use.state.shape[-1] % WORD:
+                return Eligibility(
+                    False,
+                    f"heads of {use.state.name} are {use.state.shape[-1]} 8-bit floats wide, which "
+                    f"are no whole words of {WORD}",
+                )
+        elif not tensorrt.has_dtype(use.state.dtype.as_torch):
             return Eligibility(
                 False, f"{use.state.name} is {use.state.dtype}, which {tensorrt} does not have"
             )
@@ -268,6 +276,8 @@ def _attend(
     write_indices: ITensor,
     sinks: ITensor | None = None,
     bias: ITensor | None = None,
+    key_scale: ITensor | None = None,
+    value_scale: ITensor | None = None,
     latent_dim: int = 0,
     **options: Any,
 ) -> ITensor:
@@ -288,6 +298,7 @@ def _attend(
         dim=dim,
         value_dim=latent_dim if value_state is None else value_state.spec.shape[2],
         latent=value_state is None,
+        quantized=key_scale is not None,
         max_rows=MAX_ROWS,
         sinks=sinks is not None,
         bias_heads=0 if bias is None else bias.shape[1],
@@ -296,7 +307,8 @@ def _attend(
         **options,
     )
     given = [*inputs, *(state.current for state in states), *controls]
-    given += [term for term in (sinks, bias) if term is not None] + readers
+    terms = (sinks, bias, key_scale, value_scale)
+    given += [term for term in terms if term is not None] + readers
     out, *updated = _add(ctx, operation, given)
     if not updated:  # it only reads them: the next writer must run after it
         for name in names:

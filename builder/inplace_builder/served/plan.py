@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from inplace.engines.tensorrt.steps import decode_sizes, mixed_sizes
 from inplace.schema.artifacts import Profile
 from inplace.schema.served import Program
-from inplace.schema.specs import PACKED_ROLES, AliasKind, Role, StateSpec, Update
+from inplace.schema.specs import (
+    PACKED_ROLES,
+    AliasKind,
+    Dtype,
+    Role,
+    StateSpec,
+    Update,
+    in_words,
+)
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.fusion.fuse import bindable_weights, fuse, without_sampling
@@ -145,6 +153,9 @@ def _ranges(program: Program, capture: Capture, profile: Profile, slots: int) ->
     for state in capture.states:
         low, high = profile.rows if program.rows_are_slots else (1, max(slots, VERIFICATION_SLOTS))
         opt = opt_rows if program.rows_are_slots else slots
-        smallest = _min_slot_shape(state, capture.min_capacity)
-        ranges[state.name] = ((low, *smallest), (opt, *state.shape), (high, *state.shape))
+        shapes = [_min_slot_shape(state, capture.min_capacity), state.shape, state.shape]
+        if state.dtype is Dtype.FLOAT8_E4M3FN:
+            shapes = [in_words(shape) for shape in shapes]
+        smallest, usual, largest = shapes
+        ranges[state.name] = ((low, *smallest), (opt, *usual), (high, *largest))
     return ranges

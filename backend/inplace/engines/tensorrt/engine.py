@@ -27,6 +27,7 @@ from inplace.schema.artifacts import Plan
 from inplace.schema.files import EngineFolder
 from inplace.schema.schedule import STEP
 from inplace.schema.served import CompiledProgram, Manifest
+from inplace.schema.specs import Dtype, in_words
 from inplace.schema.tensor_file import read_tensors
 
 log = logging.getLogger("inplace")
@@ -207,7 +208,10 @@ def _check_names(path: Path, engine: Any, manifest: Manifest, program: CompiledP
         if state.name not in states:
             continue
         shape = tuple(engine.get_tensor_shape(state.name))[1:]
-        if shape != (expected := manifest.compiled_shape(state)):
+        expected = manifest.compiled_shape(state)
+        if state.dtype is Dtype.FLOAT8_E4M3FN:
+            expected = in_words(expected)
+        if shape != expected:
             raise LoadError(
                 f"{path} has state {state.name} of shape {list(shape)}, the manifest says "
                 f"{list(expected)}; build the model again"

@@ -20,6 +20,7 @@ from inplace.engines.arena import Arena
 from inplace.engines.base import Finish
 from inplace.engines.tensorrt.plan import ExecutionContexts
 from inplace.errors import LoadError
+from inplace.operators.float8 import FLOAT8
 from inplace.schema.served import CompiledProgram, Program
 from inplace.schema.specs import (
     CLIENT_ROLES,
@@ -123,6 +124,11 @@ def output_shape(spec: TensorSpec, size: StepSize) -> tuple[int, ...]:
     if spec.role in PROMPT_LOGPROB_ROLES:
         return (size.tokens, *spec.shape[1:])
     return (size.rows, *spec.shape)
+
+
+def _as_words(state: Tensor) -> Tensor:
+    """The memory of a state as a network has it: four 8-bit floats are a word of 32 bits."""
+    return state.view(torch.int32) if state.dtype == FLOAT8 else state
 
 
 class InputBuffers:
@@ -374,7 +380,7 @@ class DynamicSlotSteps:
         self._captured: dict[StepSize, CapturedStep] = {}
         self._repeated: dict[str, Tensor] = {}
         self.on_stream = partial(on_stream, contexts.stream)
-        self._states = {name: arena.tensors[name] for name in program.states}
+        self._states = {name: _as_words(arena.tensors[name]) for name in program.states}
         self._aliases = {
             alias.output: arena.tensors[alias.input].data_ptr() for alias in program.aliases
         }

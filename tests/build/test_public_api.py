@@ -107,6 +107,15 @@ def test_importing_the_builder_loads_nothing() -> None:
     assert not loaded_by("import inplace_builder") & heavy
 
 
+def test_importing_build_loads_nothing_that_only_an_export_needs() -> None:
+    code = "import sys\nfrom inplace_builder import build\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    slow = {"torch._dynamo", "torch._inductor", "torch._functorch.aot_autograd", "triton"}
+    loaded = set(run.stdout.split())
+    assert "torch.export" in loaded
+    assert not loaded & slow
+
+
 def test_building_a_plain_module_loads_no_transformers(tmp_path: Path) -> None:
     code = f"""
 import inplace_builder as ib

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +26,6 @@ from typing import Any
 import inplace
 import sympy
 import torch
-import torch.export._trace
 from torch import Tensor
 from torch._decomp import decompositions
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -491,7 +491,7 @@ def assigned_buffers(module: torch.nn.Module) -> Iterator[None]:
     follows that in the root of a module only, and not where one of its buffers is None. Here the
     new tensors are copied into all of them, at the end of the graph.
     """
-    tracing: Any = torch.export._trace
+    tracing: Any = import_module("torch.export._trace")  # takes seconds, so only when needed
     original = tracing.register_buffer_assignment_hook
     assigned = _Assigned(module)
     tracing.register_buffer_assignment_hook = lambda *_: RemovableHandle(OrderedDict())

@@ -183,7 +183,7 @@ def test_a_changed_bit_in_any_block_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(content, "BLOCK_BYTES", 64)
     states = {"a": torch.arange(40.0), "b": torch.arange(96.0)}
     snapshot = Snapshot("contract", KEY, 8, 4, states=states)
-    whole = bytearray(b"".join(content.encode(content.Record("n", 1, 1.0, snapshot), KEY)))
+    whole = bytearray(b"".join(content.encode(content.EpochRecord("n", 1, 1.0, snapshot), KEY)))
     read = content.decode(bytes(whole), "n", 1, KEY).snapshot
     assert read is not None
     assert all(torch.equal(read.states[name], each) for name, each in states.items())

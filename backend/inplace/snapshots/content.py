@@ -93,7 +93,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Record:
+class EpochRecord:
     """What lies at one epoch of a sequence.
 
     Attributes:
@@ -112,7 +112,7 @@ class Record:
     continues: int | None = None
 
 
-def encode(record: Record, key: bytes) -> Iterator[memoryview | bytes]:
+def encode(record: EpochRecord, key: bytes) -> Iterator[memoryview | bytes]:
     """The bytes of a record, in parts; tensors are not copied.
 
     Args:
@@ -156,7 +156,7 @@ def _hashers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "inplace-hash")
 
 
-def _header(record: Record) -> tuple[dict[str, Any], list[Tensor]]:
+def _header(record: EpochRecord) -> tuple[dict[str, Any], list[Tensor]]:
     header: dict[str, Any] = {
         "name": record.name,
         "epoch": record.epoch,
@@ -197,7 +197,9 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return flat.numpy().data.cast("B")
 
 
-def decode(content: bytes | bytearray | memoryview, name: str, epoch: int, key: bytes) -> Record:
+def decode(
+    content: bytes | bytearray | memoryview, name: str, epoch: int, key: bytes
+) -> EpochRecord:
     """Read a record whose MAC is right and that belongs where it lies.
 
     Args:
@@ -237,7 +239,7 @@ def decode(content: bytes | bytearray | memoryview, name: str, epoch: int, key: 
     snapshot = None
     if "sequence" in header:
         snapshot = _snapshot(header["sequence"], body[start + size :])
-    return Record(name, epoch, header["expires"], snapshot, header["continues"])
+    return EpochRecord(name, epoch, header["expires"], snapshot, header["continues"])
 
 
 def _refuse_truncated(body: memoryview) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from inplace.parameters import MAX_SEQUENCE_ID_BYTES
 from inplace.snapshots.buckets import PARTIAL, Bucket, Entry
-from inplace.snapshots.content import OVERHEAD, Record, Snapshot, decode, encode
+from inplace.snapshots.content import OVERHEAD, EpochRecord, Snapshot, decode, encode
 from inplace.snapshots.errors import SnapshotError, SnapshotReason
 
 log = logging.getLogger("inplace")
@@ -150,7 +150,9 @@ class SnapshotStore:
                 self._claim(lease, epochs)
             assert lease.epoch is not None
             expires = self._clock() + self._seconds
-            parts = list(encode(Record(lease.name, lease.epoch, expires, snapshot), self._mac_key))
+            parts = list(
+                encode(EpochRecord(lease.name, lease.epoch, expires, snapshot), self._mac_key)
+            )
             size = sum(map(len, parts))
             self._bucket.write(_object(lease.name, lease.epoch), parts)
             lease.expires = expires
@@ -247,7 +249,7 @@ class SnapshotStore:
             if check is not None:
                 check(snapshot)
             lease = Lease(name, highest + 1, snapshot.position, record.expires)
-            claim = Record(name, highest + 1, record.expires, continues=data_epoch)
+            claim = EpochRecord(name, highest + 1, record.expires, continues=data_epoch)
             if not self._create(claim):
                 raise SnapshotError(
                     SnapshotReason.CLAIMED, "another server has claimed the snapshot just now"
@@ -288,7 +290,7 @@ class SnapshotStore:
             if match is not None and (below is None or int(match["epoch"]) < below):
                 self._bucket.delete(entry.name)
 
-    def _read(self, name: str, epoch: int, entry: Entry) -> Record:
+    def _read(self, name: str, epoch: int, entry: Entry) -> EpochRecord:
         if entry.size > self._max_bytes:
             raise SnapshotError(
                 SnapshotReason.FOREIGN,
@@ -301,7 +303,7 @@ class SnapshotStore:
             raise _missing() from None
         return decode(content, name, epoch, self._mac_key)
 
-    def _create(self, record: Record) -> bool:
+    def _create(self, record: EpochRecord) -> bool:
         name = _object(record.name, record.epoch)
         return self._bucket.create(name, list(encode(record, self._mac_key)))
 
@@ -310,7 +312,7 @@ class SnapshotStore:
         while True:
             epoch = max(epochs, default=0) + 1
             expires = self._clock() + self._seconds
-            if self._create(Record(lease.name, epoch, expires)):
+            if self._create(EpochRecord(lease.name, epoch, expires)):
                 break
             epochs = self._epochs(lease.name)
         lease.epoch, lease.expires = epoch, expires

@@ -114,7 +114,7 @@ class SlotReader:
         return _known(self._memory, blocks)
 
 
-class Target(Protocol):
+class Candidate(Protocol):
     """Another instance."""
 
     @property
@@ -125,7 +125,7 @@ class Target(Protocol):
         """How many of the first blocks of a prompt are there."""
 
 
-AnyTarget = TypeVar("AnyTarget", bound=Target)
+AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
 
 
 class Balance:
@@ -149,7 +149,7 @@ class Balance:
         self._lock = threading.Lock()
         self.publish()
 
-    def send(self, start: object, target: Target | None) -> None:
+    def send(self, start: object, target: Candidate | None) -> None:
         """A START goes to an instance now; None is this one."""
         with self._lock:
             self._forget(start)
@@ -168,7 +168,9 @@ class Balance:
         with self._lock:
             self._write()
 
-    def choose(self, others: Sequence[AnyTarget], blocks: Sequence[bytes] = ()) -> AnyTarget | None:
+    def choose(
+        self, others: Sequence[AnyCandidate], blocks: Sequence[bytes] = ()
+    ) -> AnyCandidate | None:
         """The instance for a new sequence; None is this one.
 
         Args:
@@ -176,12 +178,12 @@ class Balance:
             blocks: of the prompt (`inplace.schema.prefixes`); none where prefixes are not reused.
         """
         with self._lock:
-            free: dict[AnyTarget | None, int] = {None: self._free()}
+            free: dict[AnyCandidate | None, int] = {None: self._free()}
             free |= {other: other.free_slots - self._starting[other] for other in others}
         most_free = self._most_free(free, self._margin)
         if not blocks:
             return most_free
-        known: dict[AnyTarget | None, int] = {None: self.board.known_blocks(blocks)}
+        known: dict[AnyCandidate | None, int] = {None: self.board.known_blocks(blocks)}
         known |= {other: other.known_blocks(blocks) for other in others}
         longest = max(known.values())
         having = {each: count for each, count in free.items() if longest and known[each] == longest}
@@ -192,7 +194,7 @@ class Balance:
         return most_free if fuller > self._table.num_slots // MUCH_FULLER else nearest
 
     @staticmethod
-    def _most_free(free: Mapping[AnyTarget | None, int], margin: int) -> AnyTarget | None:
+    def _most_free(free: Mapping[AnyCandidate | None, int], margin: int) -> AnyCandidate | None:
         """Of some instances; this one, the first, unless another has more than the margin more."""
         best = next(iter(free))
         most = free[best] + (margin if best is None else 0)

@@ -55,7 +55,7 @@ def _integers_or_one_value(node: Node, ctx: Network) -> str | None:
 
 
 @dataclass(frozen=True)
-class Places:
+class IndexedPositions:
     """Positions in the indexed axes of a tensor.
 
     Attributes:
@@ -73,7 +73,9 @@ class Places:
     lead: int
 
 
-def _places(ctx: Network, shape: Sequence[Size], indices: Sequence[ITensor | None]) -> Places:
+def _places(
+    ctx: Network, shape: Sequence[Size], indices: Sequence[ITensor | None]
+) -> IndexedPositions:
     given: Any = ctx.node.args[1]
     axes = tuple(axis for axis, index in enumerate(indices) if index is not None)
     shapes = [tuple(ctx.meta(given[axis]).shape) for axis in axes]
@@ -88,7 +90,7 @@ def _places(ctx: Network, shape: Sequence[Size], indices: Sequence[ITensor | Non
     total = ctx.expand_rank(total, len(common))
     adjacent = axes == tuple(range(axes[0], axes[-1] + 1))
     others = tuple(axis for axis in range(len(shape)) if axis not in axes)
-    return Places(axes, others, total, common, axes[0] if adjacent else 0)
+    return IndexedPositions(axes, others, total, common, axes[0] if adjacent else 0)
 
 
 def _broadcast(shapes: Sequence[tuple[Size, ...]]) -> tuple[Size, ...]:
@@ -102,7 +104,7 @@ def _broadcast(shapes: Sequence[tuple[Size, ...]]) -> tuple[Size, ...]:
     return tuple(result)
 
 
-def _merged(ctx: Network, x: ITensor, shape: Sequence[Size], places: Places) -> ITensor:
+def _merged(ctx: Network, x: ITensor, shape: Sequence[Size], places: IndexedPositions) -> ITensor:
     """The indexed axes in front, as one."""
     order = [*places.axes, *places.others]
     rest = [shape[axis] for axis in places.others]
@@ -123,7 +125,7 @@ def index(ctx: Network, x: ITensor, indices: Sequence[ITensor | None]) -> ITenso
     return ctx.permute(result, _moved_back(places))
 
 
-def _moved_back(places: Places) -> list[int]:
+def _moved_back(places: IndexedPositions) -> list[int]:
     """The order that puts the positions' axes behind the first ``lead`` other axes."""
     count, lead = len(places.shape), places.lead
     rest = range(count + lead, count + len(places.others))

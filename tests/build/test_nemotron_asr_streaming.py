@@ -14,7 +14,7 @@ from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.served import Manifest
 from inplace_builder.__main__ import app
 from inplace_builder.capture.nemotron_asr_streaming import (
-    Chunks,
+    ChunkSizes,
     Decode,
     Encode,
     Encoded,
@@ -102,7 +102,7 @@ def test_every_lookahead_gives_the_tokens_of_generate(lookahead: int, left: int)
     whole = first_length(lookahead) + 8 * FACTOR * (lookahead + 1)
     for stream, length in enumerate((whole, whole - 1, whole + 5, 3)):
         mel, expected = features(stream, length), []
-        chunks = Chunks(lookahead, FACTOR)
+        chunks = ChunkSizes(lookahead, FACTOR)
         encoded = Encoded(chunks.frames, 32, torch.float32)
         encode, decode = Encode(model, chunks, Extraction(), encoded), Decode(model, encoded)
         tokens: Tokens = []
@@ -123,7 +123,7 @@ def test_every_lookahead_gives_the_tokens_of_generate(lookahead: int, left: int)
 @pytest.mark.parametrize("lookahead", [0, 3])
 def test_features_are_those_of_the_extractor(lookahead: int) -> None:
     for stream, length in enumerate((20000, 16000, 1000, 161)):
-        audio, chunks = speech(stream, length), Chunks(lookahead, FACTOR)
+        audio, chunks = speech(stream, length), ChunkSizes(lookahead, FACTOR)
         module = LogMel(Extraction(), BINS, chunks)
         assert (module.lead, module.samples) == (LEAD, HOP * chunks.features)
         frames = []

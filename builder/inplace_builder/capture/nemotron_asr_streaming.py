@@ -136,7 +136,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Chunks:
+class ChunkSizes:
     """The sizes of a stream's chunks.
 
     Attributes:
@@ -179,7 +179,7 @@ class LogMel(nn.Module):
     basis: Tensor
     filters: Tensor
 
-    def __init__(self, extraction: Extraction, bins: int, chunks: Chunks) -> None:
+    def __init__(self, extraction: Extraction, bins: int, chunks: ChunkSizes) -> None:
         super().__init__()
         self.extraction, self.chunks = extraction, chunks
         hop, size = extraction.hop, extraction.size
@@ -268,7 +268,7 @@ class Encode(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, chunks: Chunks, extraction: Extraction, encoded: Encoded
+        self, model: PreTrainedModel, chunks: ChunkSizes, extraction: Extraction, encoded: Encoded
     ) -> None:
         super().__init__()
         encoder, config = model.encoder, model.config.encoder_config
@@ -324,7 +324,7 @@ class Encode(nn.Module):
 
         Args:
             features: log-mel frames ``[1, features, bins]``. A stream's first chunk begins with
-                `Chunks.front` frames that do not count, whatever they hold.
+                `ChunkSizes.front` frames that do not count, whatever they hold.
             length: how many of them are valid, ``[1]``: fewer only in a stream's last chunk.
 
         Returns:
@@ -525,7 +525,7 @@ def capture_nemotron_asr_streaming(
         BuildError: it cannot be captured.
     """
     config = model.config.encoder_config
-    chunks = Chunks(lookahead, config.subsampling_factor)
+    chunks = ChunkSizes(lookahead, config.subsampling_factor)
     dtype = model.encoder_projector.weight.dtype
     encoded = Encoded(chunks.frames, model.config.decoder_hidden_size, dtype)
     encode = Encode(model, chunks, extraction, encoded).eval()

@@ -15,11 +15,11 @@ from inplace.schema.served import Manifest
 from inplace_builder.__main__ import app
 from inplace_builder.capture.nemotron_asr_streaming import (
     ChunkSizes,
-    Decode,
-    Encode,
     Encoded,
     Extraction,
-    LogMel,
+    NemotronDecode,
+    NemotronEncode,
+    NemotronLogMel,
 )
 from inplace_builder.compare import fill_with_sentinel
 from support.nemotron import (
@@ -104,7 +104,10 @@ def test_every_lookahead_gives_the_tokens_of_generate(lookahead: int, left: int)
         mel, expected = features(stream, length), []
         chunks = ChunkSizes(lookahead, FACTOR)
         encoded = Encoded(chunks.frames, 32, torch.float32)
-        encode, decode = Encode(model, chunks, Extraction(), encoded), Decode(model, encoded)
+        encode, decode = (
+            NemotronEncode(model, chunks, Extraction(), encoded),
+            NemotronDecode(model, encoded),
+        )
         tokens: Tokens = []
         with torch.no_grad():
             for chunk, valid in feed(mel, lookahead):
@@ -124,7 +127,7 @@ def test_every_lookahead_gives_the_tokens_of_generate(lookahead: int, left: int)
 def test_features_are_those_of_the_extractor(lookahead: int) -> None:
     for stream, length in enumerate((20000, 16000, 1000, 161)):
         audio, chunks = speech(stream, length), ChunkSizes(lookahead, FACTOR)
-        module = LogMel(Extraction(), BINS, chunks)
+        module = NemotronLogMel(Extraction(), BINS, chunks)
         assert (module.lead, module.samples) == (LEAD, HOP * chunks.features)
         frames = []
         for chunk, valid in feed_audio(audio, lookahead):

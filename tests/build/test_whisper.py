@@ -18,7 +18,7 @@ from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.files import EngineFolder
 from inplace.schema.served import Manifest
 from inplace_builder import BuildError, BuildOptions, build_model
-from inplace_builder.capture.whisper import LogMel, load_extractor
+from inplace_builder.capture.whisper import WhisperLogMel, load_extractor
 from inplace_builder.capture.whisper_rules import NO_TOKEN, Rules
 from support.engines import Engines
 from support.models import change_config
@@ -273,4 +273,4 @@ def test_features_are_those_of_the_extractor() -> None:
     features = extractor(samples, sampling_rate=RATE, return_tensors="pt").input_features
     padded = torch.zeros(1, extractor.n_samples)
     padded[0, : len(samples)] = torch.from_numpy(samples)
-    assert torch.allclose(LogMel(extractor)(padded), features, atol=2e-5)
+    assert torch.allclose(WhisperLogMel(extractor)(padded), features, atol=2e-5)

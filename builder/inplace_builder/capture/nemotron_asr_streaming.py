@@ -163,7 +163,7 @@ class ChunkSizes:
         return self.factor - 1
 
 
-class LogMel(nn.Module):
+class NemotronLogMel(nn.Module):
     """Log-mel frames of a chunk of a stream, as transformers' feature extractor has them.
 
     A stream is thought to begin with `lead` zeros, so that the frames which a chunk completes are
@@ -254,7 +254,7 @@ class Encoded(nn.Module):
             self.register_buffer(name, torch.zeros(1, dtype=torch.int64))
 
 
-class Encode(nn.Module):
+class NemotronEncode(nn.Module):
     """The encoder: one chunk of a stream.
 
     States are what transformers keeps in its caches: the last inputs of every convolution, and the
@@ -273,7 +273,7 @@ class Encode(nn.Module):
         super().__init__()
         encoder, config = model.encoder, model.config.encoder_config
         self.chunks, self.encoded = chunks, encoded
-        self.log_mel = LogMel(extraction, config.num_mel_bins, chunks)
+        self.log_mel = NemotronLogMel(extraction, config.num_mel_bins, chunks)
         self.subsampling, self.projector = encoder.subsampling, model.encoder_projector
         self.input_scale, self.dtype = encoder.input_scale, encoded.frames.dtype
         self.left = config.sliding_window - 1
@@ -308,10 +308,10 @@ class Encode(nn.Module):
         return [sub.conv_in, *(layer.depthwise_conv for layer in sub.layers)]
 
     def forward(self, audio: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode a chunk, and put the search at its first frame.
+        """NemotronEncode a chunk, and put the search at its first frame.
 
         Args:
-            audio: ``[1, samples]``; a stream begins with `LogMel.lead` zeros.
+            audio: ``[1, samples]``; a stream begins with `NemotronLogMel.lead` zeros.
             length: how many of them are valid, ``[1]``: fewer only in a stream's last chunk.
 
         Returns:
@@ -320,7 +320,7 @@ class Encode(nn.Module):
         return self.encode_features(*self.log_mel(audio, length))
 
     def encode_features(self, features: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode a chunk of features.
+        """NemotronEncode a chunk of features.
 
         Args:
             features: log-mel frames ``[1, features, bins]``. A stream's first chunk begins with
@@ -384,7 +384,7 @@ class Encode(nn.Module):
 class _Tails:
     """The last inputs of convolutions, as transformers' ``padding_cache``."""
 
-    def __init__(self, encode: Encode) -> None:
+    def __init__(self, encode: NemotronEncode) -> None:
         self.encode = encode
 
     def update(self, x: Tensor, key: str, module: nn.Module) -> Tensor:
@@ -398,7 +398,7 @@ class _Tails:
 class _Window:
     """Keys and values that attention looks back to, as transformers' ``past_key_values``."""
 
-    def __init__(self, encode: Encode, valid: Tensor) -> None:
+    def __init__(self, encode: NemotronEncode, valid: Tensor) -> None:
         self.encode, self.valid = encode, valid[None, None, :, None]
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -442,7 +442,7 @@ def _shallow_copy(module: Any) -> Any:
     return new
 
 
-class Decode(nn.Module):
+class NemotronDecode(nn.Module):
     """One iteration of greedy search: a token, or the next frame. Nothing changes when it is done.
 
     Its states begin with what the predictor gives for the start token. The predictor runs after a
@@ -528,8 +528,8 @@ def capture_nemotron_asr_streaming(
     chunks = ChunkSizes(lookahead, config.subsampling_factor)
     dtype = model.encoder_projector.weight.dtype
     encoded = Encoded(chunks.frames, model.config.decoder_hidden_size, dtype)
-    encode = Encode(model, chunks, extraction, encoded).eval()
-    decode = Decode(model, encoded).eval()
+    encode = NemotronEncode(model, chunks, extraction, encoded).eval()
+    decode = NemotronDecode(model, encoded).eval()
     samples = encode.log_mel.samples
     examples = (torch.zeros(1, samples), torch.full((1,), samples))
     programs = {

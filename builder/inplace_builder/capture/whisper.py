@@ -81,7 +81,7 @@ def hide_timestamps(
     backend.add_special_tokens([name for name in names if name is not None])
 
 
-class LogMel(nn.Module):
+class WhisperLogMel(nn.Module):
     """Whisper's features, as ``WhisperFeatureExtractor`` makes them.
 
     The Fourier transform is a convolution with its matrix.
@@ -113,7 +113,7 @@ class LogMel(nn.Module):
         return (torch.maximum(mel, loudest - 8.0) + 4.0) / 4.0
 
 
-class Window(nn.Module):
+class WhisperWindow(nn.Module):
     """What both programs know of a window of audio.
 
     Attributes:
@@ -157,14 +157,14 @@ class Window(nn.Module):
         return getattr(self, f"cross_keys_{layer}"), getattr(self, f"cross_values_{layer}")
 
 
-class Encode(nn.Module):
+class WhisperEncode(nn.Module):
     """Audio to the keys and values of cross-attention; begins a window.
 
     Args:
         model: the model.
         extractor: its feature extractor.
         rules: how its tokens are chosen.
-        window: shared with `Decode`.
+        window: shared with `WhisperDecode`.
     """
 
     prompts: Tensor
@@ -175,10 +175,10 @@ class Encode(nn.Module):
         model: WhisperForConditionalGeneration,
         extractor: WhisperFeatureExtractor,
         rules: Rules,
-        window: Window,
+        window: WhisperWindow,
     ) -> None:
         super().__init__()
-        self.features, self.encoder = LogMel(extractor), model.model.encoder
+        self.features, self.encoder = WhisperLogMel(extractor), model.model.encoder
         self.dtype = model.dtype
         self.attention = nn.ModuleList(each.encoder_attn for each in model.model.decoder.layers)
         self.window = window
@@ -187,7 +187,7 @@ class Encode(nn.Module):
         self.register_buffer("limits", rules.limits, persistent=False)
 
     def forward(self, audio: Tensor, language: Tensor, task: Tensor, timestamps: Tensor) -> None:
-        """Encode ``audio`` ``[1, samples]``; the choices are numbers ``[1]``."""
+        """WhisperEncode ``audio`` ``[1, samples]``; the choices are numbers ``[1]``."""
         window = self.window
         hidden = self.encoder(self.features(audio).to(self.dtype)).last_hidden_state
         each: Any
@@ -210,7 +210,7 @@ class Encode(nn.Module):
 class _Layers:
     """The keys and values of the decoder's layers, as transformers' attention takes them."""
 
-    def __init__(self, decode: "Decode", active: Tensor) -> None:
+    def __init__(self, decode: "WhisperDecode", active: Tensor) -> None:
         self._decode, self._active = decode, active
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -232,7 +232,7 @@ class _Layer:
 class _CrossLayers:
     """The keys and values of the encoded audio."""
 
-    def __init__(self, window: Window, num_layers: int) -> None:
+    def __init__(self, window: WhisperWindow, num_layers: int) -> None:
         self.layers = [_Layer(*window.cross(layer)) for layer in range(num_layers)]
 
 
@@ -249,13 +249,13 @@ class _Caches(EncoderDecoderCache):  # type: ignore[misc]  # transformers has no
         return 0
 
 
-class Decode(nn.Module):
+class WhisperDecode(nn.Module):
     """Feeds one token and chooses the next one.
 
     Args:
         model: the model.
         rules: how its tokens are chosen.
-        window: shared with `Encode`.
+        window: shared with `WhisperEncode`.
     """
 
     suppressed: Tensor
@@ -264,7 +264,7 @@ class Decode(nn.Module):
     ids: Tensor
 
     def __init__(
-        self, model: WhisperForConditionalGeneration, rules: Rules, window: Window
+        self, model: WhisperForConditionalGeneration, rules: Rules, window: WhisperWindow
     ) -> None:
         super().__init__()
         self.decoder, self.head, self.window, self.rules = (
@@ -395,7 +395,7 @@ def capture_whisper(
         BuildError: the model generates in a way that an engine does not, or cannot be captured.
     """
     rules = Rules.of(model)
-    window, longest = Window(model, rules), int(rules.limits.max())
+    window, longest = WhisperWindow(model, rules), int(rules.limits.max())
     encode = RowOptions(
         max_rows=max_rows,
         outputs=(),
@@ -411,11 +411,11 @@ def capture_whisper(
         max_positions=longest,
     )
     audio, number = torch.zeros(1, extractor.n_samples), torch.zeros(1, dtype=torch.int64)
-    encoding = Encode(model, extractor, rules, window).eval()
+    encoding = WhisperEncode(model, extractor, rules, window).eval()
     return capture_programs(
         {
             "encode": (encoding, encode, (audio, *(number.clone() for _ in rules.choices))),
-            "decode": (Decode(model, rules, window).eval(), decode, ()),
+            "decode": (WhisperDecode(model, rules, window).eval(), decode, ()),
         },
         [Call(program="encode"), Call(program="decode", until="done", at_most=longest)],
     )

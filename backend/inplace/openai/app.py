@@ -21,7 +21,13 @@ from inplace.openai.audio import TranscriptionRequest, decode, read_form, words
 from inplace.openai.chat import chat_prompt
 from inplace.openai.errors import ApiError, invalid_value
 from inplace.openai.gate import Gate, error_response
-from inplace.openai.generations import Generation, Generations, Part, check_value, generations_of
+from inplace.openai.generations import (
+    GenerationRequest,
+    Generations,
+    Part,
+    check_value,
+    generation_requests,
+)
 from inplace.openai.keys import Keys
 from inplace.openai.limits import Limits, check_counts, read_body
 from inplace.openai.metrics import Metrics
@@ -114,7 +120,7 @@ class FrontEnd:
         _check_max_tokens(getattr(body, field), field)
         tools = (body.tools or ()) if structure.format is not None else ()
         prompt = await asyncio.to_thread(chat_prompt, model, body.messages, tools)
-        generations = generations_of(
+        generations = generation_requests(
             body,
             model,
             [prompt],
@@ -148,7 +154,7 @@ class FrontEnd:
             check_value("logprobs", body.logprobs)
         _check_max_tokens(body.max_tokens, "max_tokens")
         prompts = await asyncio.to_thread(_token_ids, model, texts, body.add_special_tokens)
-        generations = generations_of(
+        generations = generation_requests(
             body,
             model,
             prompts,
@@ -213,7 +219,7 @@ class FrontEnd:
         request: Request,
         body: SamplingRequest,
         model: ServedModel,
-        generations: list[Generation],
+        generations: list[GenerationRequest],
         answer: Answer,
     ) -> Response:
         if body.stream:
@@ -230,7 +236,7 @@ class FrontEnd:
         self,
         request: Request,
         model: ServedModel,
-        generations: list[Generation],
+        generations: list[GenerationRequest],
         answer: Answer,
     ) -> AsyncGenerator[Part, None]:
         """The parts of all generations, counted."""
@@ -255,7 +261,7 @@ class FrontEnd:
         self,
         request: Request,
         model: ServedModel,
-        generations: list[Generation],
+        generations: list[GenerationRequest],
         answer: Answer,
     ) -> dict[str, Any]:
         async with contextlib.aclosing(self._pieces(request, model, generations, answer)) as pieces:
@@ -267,7 +273,7 @@ class FrontEnd:
         self,
         request: Request,
         model: ServedModel,
-        generations: list[Generation],
+        generations: list[GenerationRequest],
         answer: Answer,
         *,
         usage: bool,

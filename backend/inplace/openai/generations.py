@@ -51,7 +51,7 @@ MAX_PIECES = 64
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationRequest:
     """One generation.
 
     Attributes:
@@ -78,7 +78,7 @@ class Generation:
     request_id: str
 
 
-def generations_of(
+def generation_requests(
     request: SamplingRequest,
     model: ServedModel,
     prompts: Sequence[list[int]],
@@ -91,7 +91,7 @@ def generations_of(
     group: str,
     key: str | None,
     request_id: str,
-) -> list[Generation]:
+) -> list[GenerationRequest]:
     """The generations of a request: ``n`` of each prompt, which differ in their seeds.
 
     Args:
@@ -121,7 +121,7 @@ def generations_of(
         if request.cache_salt is not None:
             options[CACHE_SALT] = request.cache_salt
     seed = request.seed if request.seed is not None else secrets.randbits(62)
-    made: list[Generation] = []
+    made: list[GenerationRequest] = []
     for prompt in prompts:
         cache_key = request.prompt_cache_key
         preferred = prompt[:AFFINITY_TOKENS] if cache_key is None else cache_key
@@ -129,7 +129,7 @@ def generations_of(
         for choice in range(request.n or 1):
             own = options | {"seed": _wrapped(seed + len(made))}
             made.append(
-                Generation(
+                GenerationRequest(
                     index=len(made),
                     prompt=prompt,
                     max_tokens=max_tokens or _most_tokens(model, prompt),
@@ -225,7 +225,7 @@ class Generations:
     """
 
     def __init__(
-        self, replicas: Replicas, model: ServedModel, generations: Sequence[Generation]
+        self, replicas: Replicas, model: ServedModel, generations: Sequence[GenerationRequest]
     ) -> None:
         self._replicas, self._model, self._generations = replicas, model, generations
         self._pieces: asyncio.Queue[Part | Exception] = asyncio.Queue(MAX_PIECES)
@@ -258,25 +258,27 @@ class Generations:
             running -= bool(result.piece.finish_reason)
             yield result
 
-    def _by_prompt(self) -> list[list[Generation]]:
+    def _by_prompt(self) -> list[list[GenerationRequest]]:
         """The choices of each prompt."""
-        prompts: list[list[Generation]] = []
+        prompts: list[list[GenerationRequest]] = []
         for generation in self._generations:
             if generation.is_first:
                 prompts.append([])
             prompts[-1].append(generation)
         return prompts
 
-    def _forks(self, generation: Generation) -> bool:
+    def _forks(self, generation: GenerationRequest) -> bool:
         asks_for_prompt = "prompt_logprobs" in generation.options
         is_long = len(generation.prompt) >= MIN_FORKED_TOKENS
         return self._model.forks and is_long and not asks_for_prompt
 
-    async def _run(self, generation: Generation) -> None:
+    async def _run(self, generation: GenerationRequest) -> None:
         async with self._reporting(), self._sequence(generation) as sequence:
             await self._generate(sequence, generation, generation.prompt)
 
-    async def _run_forked(self, first: Generation, others: Sequence[Generation]) -> None:
+    async def _run_forked(
+        self, first: GenerationRequest, others: Sequence[GenerationRequest]
+    ) -> None:
         """Generate the choices of a prompt, all but whose last token is computed once.
 
         The sequence may have no other request while copies of it begin. Where they have to wait for
@@ -298,7 +300,7 @@ class Generations:
                     await self._generate(sequence, first, last, cached=cached)
 
     async def _run_copy(
-        self, copied: AsyncSequence, generation: Generation, begun: asyncio.Event
+        self, copied: AsyncSequence, generation: GenerationRequest, begun: asyncio.Event
     ) -> None:
         try:
             async with self._reporting(), self._replicas.copied(copied) as sequence:
@@ -307,7 +309,7 @@ class Generations:
         finally:
             begun.set()
 
-    async def _prefill(self, sequence: AsyncSequence, generation: Generation) -> int:
+    async def _prefill(self, sequence: AsyncSequence, generation: GenerationRequest) -> int:
         """Compute a prompt but for its last token; returns how many tokens were there already."""
         names = ("group", CACHE_SALT)
         options = cast(Mapping[str, str], generation.options)
@@ -323,7 +325,7 @@ class Generations:
     async def _generate(
         self,
         sequence: AsyncSequence,
-        generation: Generation,
+        generation: GenerationRequest,
         prompt: list[int],
         *,
         cached: int | None = None,
@@ -367,7 +369,7 @@ class Generations:
         self._replicas.computed(generation.scope, tokens, sequence.server)
 
     def _sequence(
-        self, generation: Generation
+        self, generation: GenerationRequest
     ) -> contextlib.AbstractAsyncContextManager[AsyncSequence]:
         return self._replicas.sequence(
             self._model.name,

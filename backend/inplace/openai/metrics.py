@@ -8,7 +8,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper limits of the buckets of a histogram."""
 
 
-class Histogram:
+class SecondsHistogram:
     """A histogram of seconds.
 
     Args:
@@ -45,10 +45,10 @@ class Metrics:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.disconnected = 0
         self._requests: Counter[tuple[str, int]] = Counter()
-        self.seconds = Histogram(
+        self.seconds = SecondsHistogram(
             "inplace_openai_request_seconds", "From a request to the end of its answer."
         )
-        self.first_token_seconds = Histogram(
+        self.first_token_seconds = SecondsHistogram(
             "inplace_openai_first_token_seconds", "From a request to its first token."
         )
 

@@ -32,7 +32,7 @@ NO_GENERATIONS = (
 log = logging.getLogger("inplace")
 
 
-class _Call:
+class _QueuedCall:
     """Requests that were given to `StepDriver.run` together.
 
     Attributes:
@@ -62,7 +62,7 @@ class StepDriver:
         if tokenizer is not None:
             self._special = frozenset(special_tokens(tokenizer).values())
         self._lock = threading.Lock()
-        self._calls: deque[_Call] = deque()
+        self._calls: deque[_QueuedCall] = deque()
         self._not_stored = set[SequenceState]()
         if instance.snapshots is not None:
             instance.snapshots.on_fenced = self._fence
@@ -80,7 +80,7 @@ class StepDriver:
         """
         if (snapshots := self.instance.snapshots) is not None:
             requests = [self._fetch(request, snapshots) for request in requests]
-        call = _Call(requests)
+        call = _QueuedCall(requests)
         self._calls.append(call)
         with self._lock:
             if call.answers is None:
@@ -90,7 +90,7 @@ class StepDriver:
             raise RuntimeError("the requests of another thread failed, and these with them")
         return call.answers
 
-    def _run_calls(self, calls: Sequence["_Call"]) -> None:
+    def _run_calls(self, calls: Sequence["_QueuedCall"]) -> None:
         """Answer the requests of several calls as those of one."""
         requests = [request for call in calls for request in call.requests]
         answers: list[Answer | None] = [None] * len(requests)

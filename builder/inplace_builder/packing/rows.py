@@ -230,7 +230,7 @@ class RowGraph:
         def note(node: Node) -> Any:
             if node not in nodes:
                 nodes.append(node)
-            return _Place(nodes.index(node))
+            return _TensorArgument(nodes.index(node))
 
         places = map_arg((args, kwargs), note)
         layouts = tuple(
@@ -284,7 +284,7 @@ _OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-class _Place:
+class _TensorArgument:
     """Stands for a tensor among the arguments of a call."""
 
     def __init__(self, index: int) -> None:
@@ -310,7 +310,7 @@ def _trace_call(
 
     def call(*given: Any) -> Any:
         args, kwargs = torch.utils._pytree.tree_map(
-            lambda leaf: given[leaf.index] if isinstance(leaf, _Place) else leaf, places
+            lambda leaf: given[leaf.index] if isinstance(leaf, _TensorArgument) else leaf, places
         )
         result = (rule or target)(*args, **kwargs)
         if result is NotImplemented:

@@ -296,7 +296,7 @@ class _Verification:
     def _call(self, rows: list[ActiveRequest]) -> None:
         """Make a call; check what it changed, and that rows which are done stay as they are."""
         instance = self.instance
-        places = [_Place.of(row) for row in rows]
+        places = [_SchedulePosition.of(row) for row in rows]
         program = instance.programs[places[0].call.program]
         before, inputs = self._memory(), [row.inputs for row in rows]
         outputs = instance.step(rows)
@@ -328,7 +328,9 @@ class _Verification:
         for index, (place, row) in enumerate(zip(places, rows, strict=True)):
             self._check_end(place, row, {name: bool(outputs[name][index]) for name in place.untils})
 
-    def _check_end(self, place: "_Place", row: ActiveRequest, done: Mapping[str, bool]) -> None:
+    def _check_end(
+        self, place: "_SchedulePosition", row: ActiveRequest, done: Mapping[str, bool]
+    ) -> None:
         """Call again what a call has ended: its program, and the loop that it is the last of."""
         progress, call, loop = row.progress, place.call, place.loop
         assert progress is not None
@@ -464,7 +466,7 @@ def _as_sent(
 
 
 @dataclass(frozen=True)
-class _Place:
+class _SchedulePosition:
     """Where a request is in its schedule before a call.
 
     Attributes:
@@ -481,7 +483,7 @@ class _Place:
     count: int
 
     @classmethod
-    def of(cls, row: ActiveRequest) -> "_Place":
+    def of(cls, row: ActiveRequest) -> "_SchedulePosition":
         """The place of a request."""
         progress = row.progress
         assert progress is not None

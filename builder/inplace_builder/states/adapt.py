@@ -93,7 +93,7 @@ def _adapted(
 ) -> AdaptedStates:
     """Find the states of a module by calling it, and let it write them."""
     try:
-        call = _Call.of(module, example_inputs, kwargs)
+        call = _ModuleCall.of(module, example_inputs, kwargs)
     except BuildError:
         raise
     except Exception as error:  # of any type: else the export shows what is wrong with the call
@@ -126,7 +126,7 @@ def _adapted(
     return AdaptedStates("auto" if isinstance(states, Mapping) else states, pairs)
 
 
-def _reason(call: "_Call", place: int, path: Sequence[Any]) -> str:
+def _reason(call: "_ModuleCall", place: int, path: Sequence[Any]) -> str:
     return "name" if _key(path) == call.keys[place] else "shape"
 
 
@@ -134,7 +134,7 @@ def _print(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-class _Call:
+class _ModuleCall:
     """One call of a module, and what it changed; afterwards the module is as it was.
 
     Attributes:
@@ -157,7 +157,7 @@ class _Call:
     @classmethod
     def of(
         cls, module: nn.Module, example_inputs: Sequence[Any], kwargs: Mapping[str, Any] | None
-    ) -> "_Call":
+    ) -> "_ModuleCall":
         """Call a module once."""
         self = cls()
         given = (tuple(example_inputs), dict(kwargs or {}))
@@ -422,7 +422,7 @@ def _copy_all(pairs: Any) -> None:
 # States that are passed in and returned.
 
 
-def _declared(call: _Call, states: Mapping[str, Output]) -> dict[int, int]:
+def _declared(call: _ModuleCall, states: Mapping[str, Output]) -> dict[int, int]:
     """The leaf of the outputs that becomes each leaf of the inputs, as the caller declares it."""
     places: dict[int, int] = {}
     for name, output in states.items():
@@ -456,7 +456,7 @@ def _declared(call: _Call, states: Mapping[str, Output]) -> dict[int, int]:
     return places
 
 
-def _outputs_of(call: _Call, output: Output) -> list[int]:
+def _outputs_of(call: _ModuleCall, output: Output) -> list[int]:
     """The leaves of an output that is named by its place, its key or its field."""
     if isinstance(output, int):
         returned = call.returned if isinstance(call.returned, tuple | list) else call.outputs
@@ -478,7 +478,7 @@ def _outputs_of(call: _Call, output: Output) -> list[int]:
     return places
 
 
-def _matched(call: _Call) -> dict[int, int]:
+def _matched(call: _ModuleCall) -> dict[int, int]:
     """The outputs that are new values of inputs: by their keys or fields, else by their shape."""
     pairs = _matched_by_key(call)
     paths = pytree.tree_flatten_with_path(call.returned)[0]
@@ -497,7 +497,7 @@ def _matched(call: _Call) -> dict[int, int]:
     return dict(sorted(pairs.items()))
 
 
-def _matched_by_key(call: _Call) -> dict[int, int]:
+def _matched_by_key(call: _ModuleCall) -> dict[int, int]:
     """Outputs with the key or field of one input, of the same shape and type."""
     pairs: dict[int, int] = {}
     for of, (path, new) in enumerate(pytree.tree_flatten_with_path(call.returned)[0]):

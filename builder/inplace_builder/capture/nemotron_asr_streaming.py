@@ -308,7 +308,7 @@ class NemotronEncode(nn.Module):
         return [sub.conv_in, *(layer.depthwise_conv for layer in sub.layers)]
 
     def forward(self, audio: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """NemotronEncode a chunk, and put the search at its first frame.
+        """Encode a chunk, and put the search at its first frame.
 
         Args:
             audio: ``[1, samples]``; a stream begins with `NemotronLogMel.lead` zeros.
@@ -320,7 +320,7 @@ class NemotronEncode(nn.Module):
         return self.encode_features(*self.log_mel(audio, length))
 
     def encode_features(self, features: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """NemotronEncode a chunk of features.
+        """Encode a chunk of features.
 
         Args:
             features: log-mel frames ``[1, features, bins]``. A stream's first chunk begins with

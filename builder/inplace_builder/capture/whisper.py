@@ -187,7 +187,7 @@ class WhisperEncode(nn.Module):
         self.register_buffer("limits", rules.limits, persistent=False)
 
     def forward(self, audio: Tensor, language: Tensor, task: Tensor, timestamps: Tensor) -> None:
-        """WhisperEncode ``audio`` ``[1, samples]``; the choices are numbers ``[1]``."""
+        """Encode ``audio`` ``[1, samples]``; the choices are numbers ``[1]``."""
         window = self.window
         hidden = self.encoder(self.features(audio).to(self.dtype)).last_hidden_state
         each: Any

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from inplace.schema.artifacts import Plan, Profile
+from inplace.schema.graph import METADATA
 from inplace.schema.specs import Dtype
 from inplace_builder.engine_files import write_plan
 from inplace_builder.graph.program import move_to_device
-from inplace_builder.graph.writer import save_graph
+from inplace_builder.graph.writer import save_graphs
 from support.engine_graph import load_graph
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,7 @@ def exported(layers: int, width: int) -> torch.export.ExportedProgram:
 
 def test_what_is_saved_loads_and_computes_the_same(tmp_path: Path) -> None:
     program = exported(2, 8)
-    save_graph(program, tmp_path / "engine.safetensors")
+    save_graphs({METADATA: program}, tmp_path / "engine.safetensors")
     value = torch.randn(1, 8)
     (result,) = load_graph(tmp_path / "engine.safetensors").module(value)
     assert torch.equal(result, program.module()(value))
@@ -50,7 +51,7 @@ class MakesTensors(torch.nn.Module):
 def test_a_program_that_was_moved_to_another_device_can_be_loaded(tmp_path: Path) -> None:
     module, value = MakesTensors(), torch.randn(1, 8)
     program = move_to_device(torch.export.export(module, (value,)), "cpu")
-    save_graph(program, tmp_path / "engine.safetensors")
+    save_graphs({METADATA: program}, tmp_path / "engine.safetensors")
     (result,) = load_graph(tmp_path / "engine.safetensors").module(value)
     assert torch.equal(result, module(value))
     moved = move_to_device(torch.export.export(module, (value,)), "meta")
@@ -67,9 +68,9 @@ def test_a_program_that_was_moved_to_another_device_can_be_loaded(tmp_path: Path
 def peak_growth(folder: Path) -> None:
     """Print by how many bytes saving raised this process' peak memory, and the file's size."""
     program, path = exported(LAYERS, WIDTH), folder / "engine.safetensors"
-    save_graph(exported(1, 1), path)  # what is imported and allocated once
+    save_graphs({METADATA: exported(1, 1)}, path)  # what is imported and allocated once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    save_graph(program, path)
+    save_graphs({METADATA: program}, path)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, path.stat().st_size)
 
 
@@ -95,9 +96,9 @@ def test_no_copy_of_the_weights_is_held_in_memory(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_opened_or_written_is_an_error(tmp_path: Path) -> None:
     program = exported(1, 8)
     with pytest.raises(FileNotFoundError):
-        save_graph(program, tmp_path / "nowhere" / "engine.safetensors")
+        save_graphs({METADATA: program}, tmp_path / "nowhere" / "engine.safetensors")
     with pytest.raises(OSError, match="No space left on device"):
-        save_graph(program, Path("/dev/full"))
+        save_graphs({METADATA: program}, Path("/dev/full"))
 
 
 def test_programs_with_the_same_weights_have_one_file_of_them(tmp_path: Path) -> None:

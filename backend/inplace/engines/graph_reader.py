@@ -459,7 +459,7 @@ def own_constants(*modules: GraphModule) -> None:
 
 def _copy_spans(constants: list[tuple[torch.nn.Module, str, Tensor]]) -> None:
     """Give constants of one storage memory of their own; those that overlap stay together."""
-    spans = sorted((*_span(tensor), index) for index, (_, _, tensor) in enumerate(constants))
+    spans = sorted((*byte_span(tensor), index) for index, (_, _, tensor) in enumerate(constants))
     groups: list[tuple[int, int, list[int]]] = []
     for begin, end, index in spans:
         if groups and begin < groups[-1][1]:
@@ -486,10 +486,9 @@ def _copy_spans(constants: list[tuple[torch.nn.Module, str, Tensor]]) -> None:
             )
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of its storage that a tensor covers."""
-    begin = int(tensor.storage_offset())
-    end = begin
+def byte_span(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor covers: the first, and the first after its last."""
+    begin = end = int(tensor.storage_offset())
     if tensor.numel():
         end += 1 + sum(
             (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
-from inplace.engines.graph_reader import LoadedGraph, finish_module, read_graph
+from inplace.engines.graph_reader import LoadedGraph, byte_span, finish_module, read_graph
 from inplace.errors import CallError, LoadError
 from inplace.operators.library import LIBRARY, define
 from inplace.schema.graph import GraphValue
@@ -184,7 +184,11 @@ def check_memory(
     ]
     titled += [(title, value, None) for title, value in others.items() if isinstance(value, Tensor)]
     spans = sorted(
-        ((*_span(tensor), title, state) for title, tensor, state in titled if tensor.numel()),
+        (
+            (*_address_span(tensor), title, state)
+            for title, tensor, state in titled
+            if tensor.numel()
+        ),
         key=lambda span: span[:2],
     )
     # The tensor and the state that reach farthest so far.
@@ -220,12 +224,11 @@ def _check_alignment(state: StandaloneState, tensor: Tensor) -> None:
         )
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def _address_span(tensor: Tensor) -> tuple[int, int]:
     """The addresses of a tensor's first byte, and of the first byte after its last."""
-    last = sum(
-        (extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    address = tensor.untyped_storage().data_ptr()
+    begin, end = byte_span(tensor)
+    return address + begin, address + end
 
 
 ADVICE = "build the engine again"

@@ -57,10 +57,6 @@ INPUT_NAMES = (TOKEN_IDS, *(role.value for role in CONTROL_ROLES))
 """The names of the graph's inputs before its states."""
 
 
-PROMPT_INPUT_NAMES = (*INPUT_NAMES, Role.FOLLOWING_TOKENS.value)
-"""The same of the program with log-probabilities of every fed token."""
-
-
 LOGPROB_OUTPUTS = (
     TensorSpec(
         name=Role.TOKEN_LOGPROBS.value,

@@ -10,13 +10,13 @@ from typing import Any
 
 import sympy
 import torch
+from inplace.engines.graph_reader import byte_span
 from inplace.schema.graph import (
     BRANCHES,
     CONSTANT_DTYPES,
     FUNCTIONS,
     LAYOUTS,
     MEMORY_FORMATS,
-    METADATA,
     GraphFile,
     GraphNode,
     GraphRecord,
@@ -47,11 +47,6 @@ MAX_POWER = 8
 """The largest power that is written as a product."""
 
 
-def save_graph(exported: ExportedProgram, path: Path) -> None:
-    """Write a program and its constants to a file; the errors are those of `save_graphs`."""
-    save_graphs({METADATA: exported}, path)
-
-
 def save_graphs(programs: Mapping[str, ExportedProgram], path: Path) -> dict[str, str]:
     """Write programs, by name, and their constants to a file; each storage is copied alone.
 
@@ -72,12 +67,6 @@ def save_graphs(programs: Mapping[str, ExportedProgram], path: Path) -> dict[str
         for call in record.graph.nodes
         if call.target == _LINEAR and call.kwargs.get("scale") is not None
     }
-
-
-def graph_record(exported: ExportedProgram) -> tuple[Mapping[str, Tensor], GraphFile]:
-    """Describe a program as data; see `graph_records`."""
-    storages, [record] = graph_records([exported])
-    return storages, record
 
 
 def graph_records(
@@ -120,7 +109,8 @@ class _Storages:
         self._spans: dict[int, tuple[int, int]] = {}  # the bytes that constants use, by address
         self._resolved: dict[int, Tensor] = {}  # kept: their addresses must stay theirs
         for tensor in (each for module in modules for each in _constants(module)):
-            address, begin, end = _span(self._resolve(tensor))
+            tensor = self._resolve(tensor)
+            address, (begin, end) = tensor.untyped_storage().data_ptr(), byte_span(tensor)
             first, last = self._spans.get(address, (begin, end))
             self._spans[address] = min(first, begin), max(last, end)
 
@@ -178,17 +168,6 @@ def _constants(module: GraphModule) -> Iterator[Tensor]:
             yield from _constants(value)
         elif isinstance(value, Tensor) and value.layout is torch.strided:
             yield value
-
-
-def _span(tensor: Tensor) -> tuple[int, int, int]:
-    """The address of a tensor's storage, and the bytes of it that the tensor covers."""
-    begin = end = int(tensor.storage_offset())
-    if tensor.numel():
-        end += 1 + sum(
-            (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-    address = tensor.untyped_storage().data_ptr()
-    return address, begin * tensor.itemsize, end * tensor.itemsize
 
 
 class _GraphWriter:

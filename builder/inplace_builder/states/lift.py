@@ -16,6 +16,7 @@ from itertools import combinations
 from typing import Any
 
 import torch
+from inplace.engines.graph_reader import byte_span
 from inplace.operators.state import written_arguments
 from inplace.schema.specs import Dtype
 from torch import Tensor
@@ -369,21 +370,12 @@ def _attribute_tensor(program: ExportedProgram, target: str) -> Any:
     return program.state_dict.get(target, program.constants.get(target))
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first byte, and of the first byte after its last."""
-    first = tensor.data_ptr()
-    last = sum(
-        (extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return first, first + (last + 1) * tensor.element_size()
-
-
 def _overlap(a: Tensor, b: Tensor) -> bool:
     if not a.numel() or not b.numel() or a.device != b.device or a.device.type == "meta":
         return False
     if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False
-    (a_start, a_end), (b_start, b_end) = _span(a), _span(b)
+    (a_start, a_end), (b_start, b_end) = byte_span(a), byte_span(b)
     return a_start < b_end and b_start < a_end
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from inplace.schema.specs import Dtype
 from inplace_builder.capture.nemotron_asr_streaming import (
-    Chunks,
-    Decode,
-    Encode,
+    ChunkSizes,
     Encoded,
     Extraction,
+    NemotronDecode,
+    NemotronEncode,
     capture_nemotron_asr_streaming,
 )
 from inplace_builder.choices import Device, EngineKind
@@ -48,11 +48,11 @@ def random_nemotron(layers: int | None, dtype: torch.dtype) -> NemotronAsrStream
 
 def _set_blank(model: NemotronAsrStreamingForRNNT) -> None:
     """Find the bias of the blank with which noise gives `TOKENS_PER_FRAME`."""
-    chunks = Chunks(CALIBRATION_LOOKAHEAD, model.config.encoder_config.subsampling_factor)
+    chunks = ChunkSizes(CALIBRATION_LOOKAHEAD, model.config.encoder_config.subsampling_factor)
     encoded = Encoded(
         chunks.frames, model.config.decoder_hidden_size, model.encoder_projector.weight.dtype
     )
-    encode = Encode(model, chunks, Extraction(), encoded)
+    encode = NemotronEncode(model, chunks, Extraction(), encoded)
     samples = encode.log_mel.samples
     parts = []
     for _ in range(CALIBRATION_FRAMES // chunks.frames):
@@ -71,7 +71,7 @@ def _set_blank(model: NemotronAsrStreamingForRNNT) -> None:
 def _tokens_per_frame(
     model: NemotronAsrStreamingForRNNT, encoded: Encoded, parts: list[Tensor]
 ) -> float:
-    decode, tokens = Decode(model, encoded), 0
+    decode, tokens = NemotronDecode(model, encoded), 0
     for frames in parts:
         encoded.frames.copy_(frames)
         encoded.num_frames.fill_(frames.shape[1])

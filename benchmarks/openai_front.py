@@ -18,14 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 from inplace.schema.served import Manifest
 from inplace_builder.tools.front_process import FrontOptions, FrontProcess
 from inplace_builder.tools.tritonserver import Ports
 
 from benchmarks.generation.burst import Burst
 from benchmarks.generation.clients import Target
-from benchmarks.generation.measured import described, run_burst
+from benchmarks.generation.measured import cpu_seconds, described, run_burst
 from benchmarks.perf.served import served
 from benchmarks.record import facts
 
@@ -43,6 +42,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a generation")
     parser.add_argument("--rounds", type=int, default=2, help="generations of each stream")
     parser.add_argument("--repeats", type=int, default=3, help="of both ways")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the front end")
     parser.add_argument("--note", default="", help="what else was running, for the result")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -57,6 +57,7 @@ def main() -> None:
     step = manifest.program("step")
     document: dict[str, Any] = facts(what, "python -m benchmarks.openai_front") | {
         "note": given.note,
+        "workers": given.workers,
         "model": {
             "name": given.model.name,
             "engine": step.engine.kind,
@@ -70,7 +71,9 @@ def main() -> None:
     options = FrontOptions("127.0.0.1", Ports(0).resolve().grpc)
     with (
         served(given.model, manifest, "stream") as server,
-        FrontProcess(options, server.grpc_url, server.repository) as front,
+        FrontProcess(
+            options, server.grpc_url, server.repository, [f"--workers={given.workers}"]
+        ) as front,
     ):
         urls = {"grpc": server.grpc_url, "front": f"127.0.0.1:{options.port}"}
         limits = {spec.name: spec.maximum for spec in step.client_inputs}
@@ -85,9 +88,9 @@ def main() -> None:
             for _ in range(given.repeats):
                 for way, results in measured.items():
                     own = replace(loads[way], streams=count)
-                    before = cpu_seconds(front)
+                    before = cpu_seconds(front.pid)
                     results.append(summary(run_burst(own, 1)))
-                    spent = cpu_seconds(front) - before
+                    spent = cpu_seconds(front.pid) - before
                     if way == "front":
                         tokens = own.streams * own.rounds * own.tokens
                         results[-1]["front_cpu_us_per_token"] = spent / tokens * 1e6
@@ -103,12 +106,6 @@ def summary(generations: list[dict[str, Any]]) -> dict[str, float]:
     result = described(generations)
     times = {f"first_token_us_{name}": us for name, us in result["first_token_us"].items()}
     return {"tokens_per_second": result["tokens_per_second"], **times}
-
-
-def cpu_seconds(front: FrontProcess) -> float:
-    """Processor time of the front end so far."""
-    times = psutil.Process(front.pid).cpu_times()
-    return float(times.user + times.system)
 
 
 def medians(results: list[dict[str, float]]) -> dict[str, float]:

@@ -30,7 +30,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from inplace.schema.served import Manifest
 from inplace.server.settings import QUEUE
 from inplace_builder.tools.front_process import FrontOptions, FrontProcess
@@ -40,6 +39,7 @@ from benchmarks.generation.arrivals import Arrivals
 from benchmarks.generation.burst import Burst
 from benchmarks.generation.clients import Target
 from benchmarks.generation.measured import (
+    cpu_seconds,
     described,
     requests_per_second,
     run_arrivals,
@@ -241,10 +241,11 @@ class Comparison:
         model = self._given.engines / shape
         manifest = Manifest.load(model / "1")
         options = FrontOptions("127.0.0.1", Ports(0).resolve().grpc)
+        workers = [f"--workers={self._given.front_workers}"]
         gpus = (0,) if manifest.device == "cuda" else ()
         with (
             served(model, manifest, "stream", gpus=gpus, settings={QUEUE: "4096"}) as server,
-            FrontProcess(options, server.grpc_url, server.repository) as front,
+            FrontProcess(options, server.grpc_url, server.repository, workers) as front,
         ):
             vocabulary = vocabulary_of(manifest)
             targets = {
@@ -376,11 +377,9 @@ def with_engine(
 
 def with_processor(front: FrontProcess, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A measurement, and the processor time of the front end meanwhile for each token."""
-    process = psutil.Process(front.pid)
-    before = process.cpu_times()
+    before = cpu_seconds(front.pid)
     result = measure()
-    after = process.cpu_times()
-    spent = after.user + after.system - before.user - before.system
+    spent = cpu_seconds(front.pid) - before
     tokens = result["tokens_per_second"] * result["seconds"]
     return result | {"front_cpu_us_per_token": spent / max(1.0, tokens) * 1e6}
 
@@ -400,6 +399,9 @@ def main() -> None:
     parser.add_argument("--sides", default=",".join(SIDES), help="in this order")
     parser.add_argument(
         "--no-front", dest="front", action="store_false", help="without the OpenAI front end"
+    )
+    parser.add_argument(
+        "--front-workers", type=int, default=4, help="processes of the OpenAI front end"
     )
     parser.add_argument("--rounds", type=int, default=2, help="generations of each stream")
     parser.add_argument(

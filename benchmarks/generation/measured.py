@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
+import psutil
+
 from benchmarks.generation.arrivals import Arrivals
 from benchmarks.generation.burst import Burst
 from benchmarks.generation.chat_users import Chats
@@ -139,3 +141,10 @@ def requests_per_second(generations: Sequence[dict[str, Any]]) -> float:
     if high <= low or ends[high] <= ends[low]:
         raise RuntimeError(f"{len(ends)} generations of {len(generations)} ended")
     return (high - low) / (ends[high] - ends[low])
+
+
+def cpu_seconds(process: int) -> float:
+    """Processor time of a process so far, and of those that it started."""
+    front = psutil.Process(process)
+    times = [each.cpu_times() for each in (front, *front.children(recursive=True))]
+    return float(sum(each.user + each.system for each in times))

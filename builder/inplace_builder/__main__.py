@@ -340,6 +340,9 @@ def serve(
         str, typer.Option(help="Address of the front end; without --keys a loopback address.")
     ] = "127.0.0.1",
     openai_port: Annotated[int, typer.Option(help="Port of the front end.")] = 9000,
+    openai_workers: Annotated[
+        int, typer.Option(min=1, max=256, help="Processes of the front end.")
+    ] = 1,
     keys: Annotated[
         Path | None, typer.Option(help="File of API keys, see `inplace openai-key`.")
     ] = None,
@@ -476,7 +479,10 @@ def serve(
                     FrontOptions(openai_host, openai_port, keys),
                     server.grpc_url,
                     model_repository,
-                    [f"--tool-call-parser={each}" for each in tool_call_parser or ()],
+                    [
+                        f"--workers={openai_workers}",
+                        *(f"--tool-call-parser={each}" for each in tool_call_parser or ()),
+                    ],
                 )
                 stack.enter_context(front)
                 console.print(f"OpenAI's protocol: {front.options.url}/v1", soft_wrap=True)
@@ -600,6 +606,10 @@ def openai(
             "MODEL=hermes of one; repeatable; default: as its chat template says."
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, max=256, help="Processes, for more tokens a second than one can send."),
+    ] = 1,
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds for which running requests may finish after SIGTERM.")
     ] = 30.0,
@@ -624,6 +634,7 @@ def openai(
                 server_ca=server_ca,
                 drain_seconds=drain_timeout,
                 call_formats=tool_call_parser or (),
+                workers=workers,
             )
         )
 

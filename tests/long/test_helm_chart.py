@@ -121,6 +121,7 @@ def test_kubernetes_accepts_what_other_values_render(version: str, tmp_path: Pat
         ("server.replicas=0", "server.replicas"),
         ("server.gpu=1", "gpu"),
         ("openai.memory=lots", "openai.memory"),
+        ("openai.workers=0", "openai.workers"),
         ("openai.toolCallParsers=hermes", "openai.toolCallParsers"),
         ("keys.secret=", "keys.secret"),
     ],

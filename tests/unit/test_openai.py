@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from inplace.openai.replicas import Replicas
 from inplace.openai.run import Frontend, FrontendError
 from inplace.openai.templates import ChatTemplate, TemplateError
 from inplace.openai.tokenizer import MARKS, TextTokenizer
+from inplace.openai.workers import Worker, Workers, WorkersError
 from pydantic import BaseModel, ValidationError
 from support.vocabulary import EOS, TOKENIZERS, byte_fallback, chat_tokenizer, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer
@@ -226,6 +228,46 @@ def test_a_key_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_processes_of_a_front_end_share_limits_and_prefixes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    workers = [Worker(index, 2, tmp_path, "secret") for index in range(2)]
+    _, record = new_key("a")
+    limits = {"requests_per_minute": 3, "tokens_per_minute": 600, "concurrent": 2}
+    first, second = (keys.Use(record.model_copy(update=limits), each) for each in workers)
+    with first.request(), second.request():
+        for use in (first, second):
+            with pytest.raises(ApiError, match="2 requests at the same time"), use.request():
+                pass
+        workers[1].forget_running()  # as if it had been killed: its request is gone
+        with first.request():
+            pass
+        for use in (first, second):
+            with pytest.raises(ApiError, match="3 requests a minute"), use.request():
+                pass
+        workers[1].running("x").add(1)
+    now = 60.0
+    second.spend_tokens(1000)
+    with pytest.raises(ApiError, match="600 tokens a minute") as caught, first.request():
+        pass
+    assert caught.value.headers == {"Retry-After": "40"}
+    one, other = (PrefixRecord(["a", "b"], each) for each in workers)
+    one.add(b"alice", range(64), "b")
+    assert other.find(b"alice", range(64), ["a", "b"]) == "b"
+    assert Worker().running("x").total == 0  # a front end of one process is alone
+
+
+def test_processes_are_not_started_where_somebody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(WorkersError, match=f"cannot listen on 127.0.0.1, port {port}: "):
+            Workers(print, 2, "127.0.0.1", port, 1.0)
+    with pytest.raises(WorkersError, match="cannot listen on"):
+        Workers(print, 2, "192.0.2.1", 0, 1.0)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 def test_without_keys_only_the_loopback_interface_is_listened_on(host: str, tmp_path: Path) -> None:
     with pytest.raises(FrontendError, match="inplace openai-key"):
@@ -256,7 +298,8 @@ def test_the_same_affinity_goes_to_the_same_server() -> None:
 
 
 def test_a_prompt_goes_to_the_server_that_has_its_longest_prefix() -> None:
-    record, urls = PrefixRecord(max_blocks=8), ["a", "b", "c"]
+    urls = ["a", "b", "c"]
+    record = PrefixRecord(urls)
     words = list(range(100))
     record.add(b"alice", words[:40], "a")  # two whole blocks
     record.add(b"alice", [*words[:16], *words[:48]], "b")
@@ -267,9 +310,19 @@ def test_a_prompt_goes_to_the_server_that_has_its_longest_prefix() -> None:
     assert record.find(b"alice", [1, *words], urls) is None
     assert record.find(b"bob", words, urls) is None
     assert record.find(b"alice", words, ["c"]) is None
-    record.add(b"alice", range(1000, 1000 + 6 * 16), "c")
-    assert record.find(b"alice", range(1000, 1096), urls) == "c"
-    assert len(record) == 8
+
+
+def test_a_block_takes_the_place_of_another() -> None:
+    """The table does not grow; what it has lost is not taken for something else."""
+    urls = ["a", "b"]
+    record = PrefixRecord(urls, max_blocks=8)
+    prompts = [range(1000 * each, 1000 * each + 16) for each in range(200)]
+    for number, prompt in enumerate(prompts):
+        record.add(b"alice", prompt, urls[number % 2])
+        assert record.find(b"alice", prompt, urls) == urls[number % 2]
+    holders = [record.find(b"alice", prompt, urls) for prompt in prompts]
+    assert 0 < sum(holder is not None for holder in holders) <= 8
+    assert all(holder in (None, urls[index % 2]) for index, holder in enumerate(holders))
 
 
 def test_the_server_with_the_prefix_is_preferred_unless_it_has_too_much_to_do() -> None:

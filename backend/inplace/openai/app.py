@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import math
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from typing import Any
@@ -38,6 +37,7 @@ from inplace.openai.responses import Answer, ChatAnswer, CompletionAnswer
 from inplace.openai.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from inplace.openai.streaming import DONE, EventStream, event, until_disconnect
 from inplace.openai.structure import structure_of
+from inplace.openai.workers import Worker
 
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion without one, as OpenAI has it."""
@@ -51,6 +51,8 @@ class FrontEnd:
         models: by name.
         limits: of requests.
         metrics: where requests are counted.
+        shared_key: the ``sequence_key`` of requests without an API key, where the operator lets
+            them share what they compute.
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class FrontEnd:
         models: Mapping[str, ServedModel | SpeechModel],
         limits: Limits,
         metrics: Metrics,
+        shared_key: str,
     ) -> None:
         self._replicas, self._models = replicas, models
         self._limits, self._metrics = limits, metrics
-        self._shared_key = secrets.token_hex(32)  # of requests without an API key
+        self._shared_key = shared_key
 
     @property
     def routes(self) -> list[Route]:
@@ -240,20 +243,15 @@ class FrontEnd:
         answer: Answer,
     ) -> AsyncGenerator[Part, None]:
         """The parts of all generations, counted."""
-        first = True
         try:
             async with Generations(self._replicas, model, generations) as pieces:
                 async for part in pieces:
-                    if first and part.piece.tokens:
-                        first = False
-                        seconds = time.monotonic() - request.state.begin
-                        self._metrics.first_token_seconds.add(seconds)
                     yield part
         finally:
             usage = answer.usage
-            self._metrics.prompt_tokens += usage["prompt_tokens"]
-            self._metrics.cached_tokens += answer.cached_tokens
-            self._metrics.generated_tokens += usage["completion_tokens"]
+            self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
+            self._metrics.cached_tokens.inc(answer.cached_tokens)
+            self._metrics.generated_tokens.inc(usage["completion_tokens"])
             if request.state.use is not None:
                 request.state.use.spend_tokens(usage["total_tokens"])
 
@@ -278,8 +276,13 @@ class FrontEnd:
         *,
         usage: bool,
     ) -> AsyncIterator[bytes]:
+        first = True
         async with contextlib.aclosing(self._pieces(request, model, generations, answer)) as pieces:
             async for part in pieces:
+                if first and part.piece.tokens:
+                    first = False
+                    seconds = time.monotonic() - request.state.begin
+                    self._metrics.first_token_seconds.observe(seconds)
                 if events := b"".join(event(one) for one in answer.chunks(part, usage=usage)):
                     yield events
         if usage:
@@ -295,7 +298,7 @@ class FrontEnd:
 
     def _gone(self) -> Response:
         """What nobody reads."""
-        self._metrics.disconnected += 1
+        self._metrics.disconnected.inc()
         return Response(status_code=499)
 
     def _model(self, name: str) -> ServedModel:
@@ -324,6 +327,7 @@ def create_app(
     limits: Limits | None = None,
     keys: Keys | None = None,
     hosts: Collection[str] = (),
+    worker: Worker | None = None,
 ) -> Starlette:
     """The application.
 
@@ -333,10 +337,15 @@ def create_app(
         limits: of requests.
         keys: the API keys; None lets everyone in who calls the server by a name of its own.
         hosts: such names, beside those of the loopback interface.
+        worker: the process.
     """
-    limits, metrics = limits or Limits(), Metrics()
-    front_end = FrontEnd(replicas, models, limits, metrics)
-    gate = Middleware(Gate, keys=keys, limits=limits, metrics=metrics, hosts=hosts)
+    limits, worker = limits or Limits(), worker or Worker()
+    in_flight = worker.running("requests")
+    metrics = Metrics(in_flight)
+    front_end = FrontEnd(replicas, models, limits, metrics, worker.secret)
+    gate = Middleware(
+        Gate, keys=keys, limits=limits, metrics=metrics, in_flight=in_flight, hosts=hosts
+    )
     return Starlette(
         routes=front_end.routes,
         middleware=[gate],

@@ -15,6 +15,7 @@ from inplace.openai.errors import ApiError
 from inplace.openai.keys import Keys, Use, sequence_key
 from inplace.openai.limits import Limits
 from inplace.openai.metrics import Metrics
+from inplace.openai.workers import Sum
 
 log = logging.getLogger("inplace.openai")
 
@@ -43,6 +44,7 @@ class Gate:
         keys: the keys; None lets everyone in.
         limits: of all requests.
         metrics: where requests are counted.
+        in_flight: requests that run, in all processes.
         hosts: names of this server beside those of the loopback interface.
     """
 
@@ -53,9 +55,11 @@ class Gate:
         keys: Keys | None,
         limits: Limits,
         metrics: Metrics,
+        in_flight: Sum,
         hosts: Collection[str] = (),
     ) -> None:
         self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
+        self._in_flight = in_flight
         self._hosts = {*LOOPBACK_HOSTS, *hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +71,7 @@ class Gate:
         state: dict[str, Any] = scope.setdefault("state", {})
         state |= {"request_id": answer.request_id, "begin": answer.begin, "use": None}
         state["sequence_key"] = None
-        self._metrics.in_flight += 1
+        self._in_flight.add(1)
         try:
             with contextlib.ExitStack() as stack:
                 try:
@@ -82,7 +86,7 @@ class Gate:
                     return
                 await self._app(scope, receive, answer.send)
         finally:
-            self._metrics.in_flight -= 1
+            self._in_flight.add(-1)
             seconds = time.monotonic() - answer.begin
             # a path that is no route is whatever a client sent
             route = _route(scope)
@@ -124,7 +128,7 @@ class Gate:
         return use, sequence_key(key.strip())
 
     def _check_room(self) -> None:
-        if self._metrics.in_flight > self._limits.requests:
+        if self._in_flight.total > self._limits.requests:
             raise ApiError(
                 503,
                 f"{self._limits.requests} requests are in flight already",

@@ -17,7 +17,7 @@ from inplace.openai.models import ServedModel
 from inplace.openai.replicas import Replicas
 from inplace.openai.schemas import SamplingRequest
 from inplace.parameters import BY_NAME
-from inplace.protocol import CACHE_SALT, INPUT_IDS, REUSED_TOKENS
+from inplace.protocol import CACHE_SALT, INPUT_IDS, REUSED_TOKENS, STREAM_INTERVAL
 
 DEFAULT_TEMPERATURE = 1.0
 """The temperature of a request that has none, as OpenAI has it."""
@@ -45,6 +45,9 @@ MIN_FORKED_TOKENS = 64
 
 MAX_FORK_SECONDS = 1.0
 """For how long a sequence waits until its copies have begun."""
+
+WHOLE_ANSWER_INTERVAL = 32
+"""Tokens of a piece of an answer that is not streamed: each piece costs time here."""
 
 MAX_PIECES = 64
 """Pieces that may wait for a slow client; the backend joins what comes after them."""
@@ -111,6 +114,8 @@ def generation_requests(
         ApiError: a field has a value that is not allowed.
     """
     options = _options(request, logprobs, stop_token_ids) | {"group": group, **(structure or {})}
+    if not request.stream:
+        options[STREAM_INTERVAL] = WHOLE_ANSWER_INTERVAL
     if prompt_logprobs:
         options["prompt_logprobs"] = logprobs or 0
     scope = b""
@@ -341,9 +346,11 @@ class Generations:
                 tells.
             begun: is set when it has begun.
         """
-        options = cast(dict[str, Any], generation.options)
+        options = dict(cast(dict[str, Any], generation.options))
         if len(prompt) < len(generation.prompt):
-            options = {name: each for name, each in options.items() if name != CACHE_SALT}
+            options.pop(CACHE_SALT, None)
+        if begun is not None:  # the first token is waited for
+            options.pop(STREAM_INTERVAL, None)
         running = sequence.generate(
             prompt,
             generation.max_tokens,

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from inplace.errors import LoadError
 from inplace.openai.errors import ApiError
+from inplace.openai.workers import Sum, Worker
 
 log = logging.getLogger("inplace.openai")
 
@@ -84,31 +85,44 @@ def new_key(name: str) -> tuple[str, KeyRecord]:
 
 
 class _Budget:
-    """So many units a minute, and at most a minute's at once. May be overdrawn."""
+    """So many units a minute, and at most a minute's at once. May be overdrawn.
 
-    def __init__(self, per_minute: int) -> None:
-        self._per_minute = per_minute
+    Args:
+        per_minute: units.
+        spent: by all processes of the front end.
+    """
+
+    def __init__(self, per_minute: int, spent: Sum) -> None:
+        self._per_minute, self._spent = per_minute, spent
         self._left, self._updated = float(per_minute), time.monotonic()
+        self._seen = spent.total
 
     def wait(self) -> float:
         """Seconds until something is left."""
-        now = time.monotonic()
+        now, spent = time.monotonic(), self._spent.total
         earned = (now - self._updated) * self._per_minute / 60
-        self._left, self._updated = min(self._per_minute, self._left + earned), now
+        self._left = min(self._per_minute, self._left + earned) - (spent - self._seen)
+        self._updated, self._seen = now, spent
         return max(0.0, (1 - self._left) * 60 / self._per_minute)
 
     def spend(self, units: int) -> None:
-        self._left -= units
+        self._spent.add(units)
 
 
 class Use:
-    """What is in use of one key, while its record is the same."""
+    """What is in use of one key, while its record is the same.
 
-    def __init__(self, record: KeyRecord) -> None:
-        self.record = record
-        self._concurrent = 0
-        self._requests = _Budget(record.requests_per_minute or 1)
-        self._tokens = _Budget(record.tokens_per_minute or 1)
+    Args:
+        record: the key's.
+        worker: the process, whose front end's other processes count too.
+    """
+
+    def __init__(self, record: KeyRecord, worker: Worker | None = None) -> None:
+        self.record, worker = record, worker or Worker()
+        name = digest(record.model_dump_json())
+        self._concurrent = worker.running(f"requests-{name}")
+        self._requests = _Budget(record.requests_per_minute or 1, worker.sum(f"requests-{name}"))
+        self._tokens = _Budget(record.tokens_per_minute or 1, worker.sum(f"tokens-{name}"))
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -118,7 +132,7 @@ class Use:
             ApiError: a limit of the key is reached.
         """
         record = self.record
-        if record.concurrent is not None and self._concurrent >= record.concurrent:
+        if record.concurrent is not None and self._concurrent.total >= record.concurrent:
             raise _over(f"{record.concurrent} requests at the same time", 1.0)
         if record.requests_per_minute is not None:
             if wait := self._requests.wait():
@@ -126,11 +140,11 @@ class Use:
             self._requests.spend(1)
         if record.tokens_per_minute is not None and (wait := self._tokens.wait()):
             raise _over(f"{record.tokens_per_minute} tokens a minute", wait)
-        self._concurrent += 1
+        self._concurrent.add(1)
         try:
             yield
         finally:
-            self._concurrent -= 1
+            self._concurrent.add(-1)
 
     def spend_tokens(self, tokens: int) -> None:
         """Count tokens of a request."""
@@ -152,15 +166,16 @@ class Keys:
 
     Args:
         path: of the file, JSON: ``{"keys": [{"name": …, "sha256": …, …}]}``.
+        worker: the process.
 
     Raises:
         LoadError: it cannot be read, or is not such a file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, worker: Worker | None = None) -> None:
+        self._path, self._worker = path, worker or Worker()
         self._checked, self._version = time.monotonic(), self._stat()
-        self._uses = {record.name: Use(record) for record in self._read()}
+        self._uses = {record.name: Use(record, self._worker) for record in self._read()}
 
     def find(self, key: str) -> Use | None:
         """The use of a key; None if there is no such key. Takes the same time for all keys."""
@@ -187,7 +202,9 @@ class Keys:
             return
         self._version = version
         old = {use.record: use for use in self._uses.values()}
-        self._uses = {record.name: old.get(record) or Use(record) for record in records}
+        self._uses = {
+            record.name: old.get(record) or Use(record, self._worker) for record in records
+        }
         log.info("read %d keys from %s", len(records), self._path)
 
     def _stat(self) -> tuple[int, int, int]:

@@ -1,91 +1,95 @@
-"""What the front end counts, in Prometheus' text format."""
+"""What the front end counts, for Prometheus.
 
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator, Mapping
+A front end of several processes keeps its counters in files (`METRICS_FOLDER`), and each process
+answers with the sum over all of them.
+"""
+
+import os
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.exposition import generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from inplace.openai.workers import METRICS_FOLDER, Sum
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper limits of the buckets of a histogram."""
 
-
-class SecondsHistogram:
-    """A histogram of seconds.
-
-    Args:
-        name: of the metric.
-        description: one line.
-    """
-
-    def __init__(self, name: str, description: str) -> None:
-        self._name, self._description = name, description
-        self._counts = [0] * (len(SECONDS) + 1)
-        self._sum = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count one value."""
-        self._counts[bisect_left(SECONDS, seconds)] += 1
-        self._sum += seconds
-
-    def lines(self) -> Iterator[str]:
-        """In Prometheus' format."""
-        yield from _head(self._name, self._description, "histogram")
-        total = 0
-        for limit, count in zip((*SECONDS, "+Inf"), self._counts, strict=True):
-            total += count
-            yield f'{self._name}_bucket{{le="{limit}"}} {total}'
-        yield f"{self._name}_sum {self._sum:.6f}"
-        yield f"{self._name}_count {total}"
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
-    """The metrics of one front end."""
+    """The metrics of one process of a front end.
 
-    def __init__(self) -> None:
-        self.in_flight = 0
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
-        self.disconnected = 0
-        self._requests: Counter[tuple[str, int]] = Counter()
-        self.seconds = SecondsHistogram(
-            "inplace_openai_request_seconds", "From a request to the end of its answer."
+    Args:
+        in_flight: requests that run, in all processes.
+
+    Attributes:
+        prompt_tokens, cached_tokens, generated_tokens, disconnected, first_token_seconds: see their
+            descriptions.
+    """
+
+    def __init__(self, in_flight: Sum) -> None:
+        self._in_flight = in_flight
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "inplace_openai_requests",
+            "Answers, by route and status.",
+            ("route", "status"),
+            registry=self._registry,
         )
-        self.first_token_seconds = SecondsHistogram(
-            "inplace_openai_first_token_seconds", "From a request to its first token."
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self.cached_tokens = self._counter(
+            "cached_tokens", "Tokens of prompts that were computed before."
+        )
+        self.generated_tokens = self._counter("generated_tokens", "Tokens that were generated.")
+        self.disconnected = self._counter("disconnected", "Requests whose client went away.")
+        self._seconds = self._histogram("request", "From a request to the end of its answer.")
+        self.first_token_seconds = self._histogram(
+            "first_token", "From a request for a stream to its first token."
+        )
+        self._running = Gauge(
+            "inplace_openai_requests_in_flight",
+            "Requests that run.",
+            registry=self._registry,
+            multiprocess_mode="mostrecent",
+        )
+        self._ready = Gauge(
+            "inplace_openai_server_ready",
+            "Whether a server is ready.",
+            ("server",),
+            registry=self._registry,
+            multiprocess_mode="mostrecent",
         )
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count an answer."""
-        self._requests[route, status] += 1
-        self.seconds.add(seconds)
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.observe(seconds)
 
     def text(self, ready: Mapping[str, bool]) -> str:
-        """All metrics.
+        """All metrics, in Prometheus' text format.
 
         Args:
             ready: whether each server is ready.
         """
-        return "\n".join(self._lines(ready)) + "\n"
-
-    def _lines(self, ready: Mapping[str, bool]) -> Iterator[str]:
-        name = "inplace_openai_requests_total"
-        yield from _head(name, "Answers, by route and status.", "counter")
-        for (route, status), count in sorted(self._requests.items()):
-            yield f'{name}{{route="{route}",status="{status}"}} {count}'
-        for name, description, value in (
-            ("prompt_tokens", "Tokens of prompts.", self.prompt_tokens),
-            ("cached_tokens", "Tokens of prompts that were computed before.", self.cached_tokens),
-            ("generated_tokens", "Tokens that were generated.", self.generated_tokens),
-            ("disconnected", "Requests whose client went away.", self.disconnected),
-        ):
-            yield from _head(f"inplace_openai_{name}_total", description, "counter")
-            yield f"inplace_openai_{name}_total {value}"
-        yield from _head("inplace_openai_requests_in_flight", "Requests that run.", "gauge")
-        yield f"inplace_openai_requests_in_flight {self.in_flight}"
-        yield from _head("inplace_openai_server_ready", "Whether a server is ready.", "gauge")
+        self._running.set(self._in_flight.total)
         for url, is_ready in ready.items():
-            yield f'inplace_openai_server_ready{{server="{url}"}} {int(is_ready)}'
-        yield from self.seconds.lines()
-        yield from self.first_token_seconds.lines()
+            self._ready.labels(url).set(is_ready)
+        registry = self._registry
+        if METRICS_FOLDER in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry).decode()
 
+    def _counter(self, name: str, description: str) -> Counter:
+        return Counter(f"inplace_openai_{name}", description, registry=self._registry)
 
-def _head(name: str, description: str, kind: str) -> tuple[str, str]:
-    return f"# HELP {name} {description}", f"# TYPE {name} {kind}"
+    def _histogram(self, name: str, description: str) -> Histogram:
+        return Histogram(
+            f"inplace_openai_{name}_seconds",
+            description,
+            buckets=SECONDS,
+            registry=self._registry,
+        )

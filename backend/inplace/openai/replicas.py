@@ -10,7 +10,8 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from inplace.client import AsyncClient, AsyncSequence, Retry
-from inplace.openai.prefixes import PrefixRecord
+from inplace.openai.prefixes import MAX_SERVERS, PrefixRecord
+from inplace.openai.workers import Worker
 
 log = logging.getLogger("inplace.openai")
 
@@ -37,6 +38,10 @@ class Replicas:
             them: Triton's own readiness is of all its models, and one of others may be broken.
         connect: opens a connection; in plain text if None.
         retry: how often a request is sent again.
+        worker: the process of the front end.
+
+    Raises:
+        ValueError: there are more than `MAX_SERVERS` servers.
     """
 
     def __init__(
@@ -45,13 +50,16 @@ class Replicas:
         models: Collection[str],
         connect: Callable[[str], InferenceServerClient] | None = None,
         retry: Retry | None = None,
+        worker: Worker | None = None,
     ) -> None:
+        if len(urls) > MAX_SERVERS:
+            raise ValueError(f"{len(urls)} servers; at most {MAX_SERVERS} are possible")
         self.urls = tuple(urls)
         self._client = AsyncClient(urls, connect=connect, retry=retry or Retry(timeout=30.0))
         self._in_flight = dict.fromkeys(urls, 0)
         self._models = tuple(models)
         self._ready: dict[str, frozenset[str]] = dict.fromkeys(urls, frozenset())
-        self._prefixes = PrefixRecord()
+        self._prefixes = PrefixRecord(self.urls, worker)
         self._poller: asyncio.Task[None] | None = None
 
     @property

@@ -1,8 +1,10 @@
 """Running the front end as a process."""
 
+import functools
 import ipaddress
 import signal
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from inplace.openai.keys import Keys
 from inplace.openai.limits import Limits
 from inplace.openai.models import load_models
 from inplace.openai.replicas import Replicas
+from inplace.openai.workers import Worker, Workers
 
 KEEP_ALIVE = 75
 """Seconds for which a connection without a request stays open: longer than common proxies keep it,
@@ -42,6 +45,7 @@ class Frontend:
         drain_seconds: how long running requests may take after SIGTERM.
         call_formats: how models call tools, see `load_models`.
         limits: of requests.
+        workers: processes; see `inplace.openai.workers`.
     """
 
     servers: Sequence[str]
@@ -56,6 +60,7 @@ class Frontend:
     drain_seconds: float = 30.0
     call_formats: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
+    workers: int = 1
 
     def check(self) -> None:
         """Refuse what is not safe.
@@ -71,8 +76,11 @@ class Frontend:
         if (self.certificate is None) != (self.private_key is None):
             raise FrontendError("TLS needs both a certificate and its private key")
 
-    def server(self) -> uvicorn.Server:
-        """The HTTP server, not started yet.
+    def server(self, worker: Worker | None = None) -> uvicorn.Server:
+        """The HTTP server of one process, not started yet.
+
+        Args:
+            worker: the process; None if there is only one.
 
         Raises:
             LoadError: a model or the file of keys cannot be read, or there is no such format of
@@ -80,15 +88,16 @@ class Frontend:
             FrontendError: see `check`.
         """
         self.check()
-        keys = None if self.keys is None else Keys(self.keys)
+        keys = None if self.keys is None else Keys(self.keys, worker)
         models = load_models(self.model_repository, self.call_formats)
         connect = None if self.server_ca is None else self._connect
         app = create_app(
-            Replicas(self.servers, models, connect),
+            Replicas(self.servers, models, connect, worker=worker),
             models,
             limits=self.limits,
             keys=keys,
             hosts=self.hosts,
+            worker=worker,
         )
         return uvicorn.Server(
             uvicorn.Config(
@@ -117,12 +126,37 @@ def run(frontend: Frontend) -> None:
 
     Raises:
         LoadError, FrontendError: see `Frontend.server`.
+        WorkersError: see `Workers`.
     """
-    server = frontend.server()
+    server = frontend.server()  # refuses what is wrong before processes are started
+    if frontend.workers > 1:
+        serve = functools.partial(_serve, frontend)
+        seconds = frontend.drain_seconds
+        Workers(serve, frontend.workers, frontend.host, frontend.port, seconds).run()
+    else:
+        _run(server, None)
+
+
+def _serve(
+    frontend: Frontend, worker: Worker, listening: socket.socket, begun: Callable[[], None]
+) -> None:
+    """Run one of several processes."""
+    server = frontend.server(worker)
+    startup = server.startup
+
+    async def start(sockets: list[socket.socket] | None = None) -> None:
+        await startup(sockets)
+        begun()
+
+    server.startup = start  # type: ignore[method-assign]
+    _run(server, [listening])
+
+
+def _run(server: uvicorn.Server, sockets: list[socket.socket] | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn handles both while it runs, and raises them again at its end
         signal.signal(number, signal.SIG_IGN)
-    server.run()
+    server.run(sockets)
 
 
 def _is_loopback(host: str) -> bool:

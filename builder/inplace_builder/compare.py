@@ -7,7 +7,8 @@ import copy
 from typing import TypeVar
 
 import torch
-from inplace.schema.served import CompiledProgram, Manifest
+from inplace.schema.programs import CompiledProgram
+from inplace.schema.served import Manifest
 from inplace.schema.specs import Dtype
 from torch import Tensor, nn
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import SAMPLING_ROLES
 from inplace_builder.capture.decoder import SAMPLING_INPUTS
 from inplace_builder.fusion.fuse import without_sampling

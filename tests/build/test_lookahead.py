@@ -13,7 +13,7 @@ from inplace.drivers import StepDriver, StreamDriver, TokenizerConfig
 from inplace.errors import Code, RequestError
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace_builder import BuildError, BuildOptions, DecoderOptions, capture_decoder
 from inplace_builder.capture.slot_cache import LayerStates
 from inplace_builder.served.build import write_engine

@@ -13,7 +13,8 @@ from inplace.protocol import LANGUAGE, POSITION, SAMPLE_RATE, SEQUENCE_KEY
 from inplace.runtime.batcher import Answer
 from inplace.runtime.requests import NO_PARAMETERS, Request
 from inplace.runtime.schedules import ScheduledInstance
-from inplace.schema.served import Manifest, Program, check_schedules
+from inplace.schema.programs import Program, check_schedules
+from inplace.schema.served import Manifest
 from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace.server.model_config import ServerTensor
 from inplace_builder import (

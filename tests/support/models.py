@@ -9,7 +9,8 @@ from inplace.operators import read, update
 from inplace.runtime.instance import ModelInstance
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import FileRecord
-from inplace.schema.served import CompiledProgram, Manifest, Program
+from inplace.schema.programs import CompiledProgram, Program
+from inplace.schema.served import Manifest
 from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from inplace_builder import BuildOptions, Capture, capture_module
 from inplace_builder.capture.capture import control_input

@@ -4,7 +4,7 @@ They are defined and interpreted as `support.plugin_networks` says.
 """
 
 import torch
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace_builder.capture.programs import ProgramsCapture
 from inplace_builder.compare import fill_with_sentinel
 from inplace_builder.lower import LoweredNetwork

@@ -9,7 +9,7 @@ from inplace.errors import Code, RequestError
 from inplace.protocol import AUDIO, AUDIO_INT16, LANGUAGE, SAMPLE_RATE
 from inplace.runtime.audio import cut_stream
 from inplace.runtime.requests import validate_inputs
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace.server.model_config import model_tensors
 from pydantic import ValidationError

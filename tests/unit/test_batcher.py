@@ -5,7 +5,7 @@ import torch
 from inplace.runtime.batcher import ActiveRequest, form_batch, schedule_tokens
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceState
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import Dtype, Role, TensorSpec
 from pydantic import ValidationError
 

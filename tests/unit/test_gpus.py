@@ -7,7 +7,8 @@ from inplace.engines.gpus import Gpu, check_memory, check_plan
 from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile, Plan, Profile
 from inplace.schema.files import FileRecord
-from inplace.schema.served import CompiledProgram, Manifest
+from inplace.schema.programs import CompiledProgram
+from inplace.schema.served import Manifest
 from inplace.schema.specs import Alias, Dtype, Lowering, Role, StateSpec, TensorSpec, Update
 
 WEIGHTS = 10_000

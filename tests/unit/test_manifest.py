@@ -11,8 +11,9 @@ import torch
 from inplace.errors import LoadError
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import FileRecord, digest_of
+from inplace.schema.programs import CompiledProgram, Program
 from inplace.schema.schedule import Call, Loop, Schedule
-from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest, Program
+from inplace.schema.served import FILE_NAME, Manifest
 from inplace.schema.specs import Alias, Dtype, Lowering, Role, StateSpec, TensorSpec, Update
 from inplace.schema.standalone import StandaloneManifest
 from pydantic import ValidationError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from inplace.errors import Code, InplaceError, RequestError
 from inplace.runtime.requests import Request, validate_inputs
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import Dtype, Role, TensorSpec
 from support.models import RECTANGULAR
 from torch import Tensor

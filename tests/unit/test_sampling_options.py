@@ -20,7 +20,7 @@ from inplace.plugins import SampleOptionsOperation
 from inplace.runtime.batcher import sampling_values
 from inplace.runtime.requests import GREEDY, SamplingParams, check_available
 from inplace.runtime.sampling import ScoreAdjustments, token_mask
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import SAMPLING_OPTION_ROLES, Role, mask_words
 from inplace_builder.capture.decoder import DecoderOptions, decoder_program
 from torch import Tensor

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from inplace.errors import LoadError
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace.server.model_config import ServerTensor, check_model_config, model_tensors
 from inplace.server.trust import TRUST_MODELS, trusted_folders

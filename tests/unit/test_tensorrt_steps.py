@@ -11,7 +11,7 @@ from inplace.engines.tensorrt.steps import (
     output_shape,
     smallest_fit,
 )
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace_builder.capture.decoder import DecoderOptions, decoder_program, prompt_program
 from torch import Tensor

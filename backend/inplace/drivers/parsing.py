@@ -37,7 +37,7 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.prompt import PROMPT_OUTPUTS
 from inplace.runtime.requests import Request, SamplingParams, ValidatedRequest, check_available
 from inplace.runtime.schedules import ScheduledInstance
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import JOINED_ROLES, LOGPROB_ROLES, Role
 
 MAX_BYTES_PER_POSITION = 64

@@ -11,7 +11,7 @@ from inplace.drivers.queues import StreamRequest
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.runtime.schedules import ScheduledInstance
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ from inplace.engines.graph_reader import LoadedGraph, finish_modules, read_graph
 from inplace.engines.scales import check_scales
 from inplace.errors import LoadError
 from inplace.schema.graph import CONSTANT_DTYPES
+from inplace.schema.programs import CompiledProgram
 from inplace.schema.schedule import STEP
-from inplace.schema.served import CompiledProgram, Manifest
+from inplace.schema.served import Manifest
 
 
 class TorchEngine:

@@ -20,7 +20,8 @@ from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import EndReason, SequenceState, SlotTable
 from inplace.runtime.snapshots import SnapshotKeeper
 from inplace.schema.prefixes import PrefixOptions
-from inplace.schema.served import Manifest, Program
+from inplace.schema.programs import Program
+from inplace.schema.served import Manifest
 from inplace.schema.snapshots import SnapshotOptions
 from inplace.schema.specs import LOGPROB_ROLES, Update
 from inplace.snapshots import SnapshotStore

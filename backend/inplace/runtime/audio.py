@@ -9,7 +9,7 @@ from torch import Tensor
 from inplace.errors import Code, RequestError
 from inplace.parameters import AUDIO_PARAMETERS, BY_NAME, Parameter, show
 from inplace.protocol import AUDIO, AUDIO_INT16, SAMPLE_RATE
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import Role, TensorSpec
 
 INT16_SCALE = 1 / 32768

@@ -17,8 +17,8 @@ from inplace.runtime.prompt import PromptLogprobs
 from inplace.runtime.requests import GREEDY, Request, SamplingParams
 from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import SequenceState
+from inplace.schema.programs import Program
 from inplace.schema.schedule import Call, Loop
-from inplace.schema.served import Program
 from inplace.schema.specs import (
     ENTRY_ROLES,
     JOINED_ROLES,

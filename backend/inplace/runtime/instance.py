@@ -27,8 +27,9 @@ from inplace.runtime.loading import load_engines, make_arena
 from inplace.runtime.prompt import StepPart, launch_parts
 from inplace.runtime.slots import EndReason
 from inplace.schema.files import EngineFolder
+from inplace.schema.programs import Program
 from inplace.schema.schedule import PROMPT_LOGPROBS, STEP
-from inplace.schema.served import Manifest, Program
+from inplace.schema.served import Manifest
 
 
 @dataclass(slots=True)

@@ -15,8 +15,9 @@ from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceState
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import EngineFolder
+from inplace.schema.programs import CompiledProgram, Program
 from inplace.schema.schedule import STEP
-from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest, Program
+from inplace.schema.served import FILE_NAME, Manifest
 from inplace.schema.specs import INITIAL_FILE, SCHEDULED_ROLES, Role
 from inplace.schema.tensor_file import read_tensors
 

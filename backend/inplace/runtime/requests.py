@@ -36,8 +36,8 @@ from inplace.protocol import (
 from inplace.runtime.audio import check_audio_parameters, read_audio, read_option
 from inplace.runtime.fairness import digest, fairness_group
 from inplace.runtime.slots import SequenceId
+from inplace.schema.programs import Program
 from inplace.schema.schedule import Schedule
-from inplace.schema.served import Program
 from inplace.schema.specs import Role, TensorSpec
 from inplace.snapshots import Restored
 

@@ -17,7 +17,7 @@ from inplace.errors import Code, RequestError
 from inplace.parameters import BY_NAME
 from inplace.protocol import ALLOWED_TOKEN_IDS, BANNED_TOKEN_IDS, NUM_GENERATED
 from inplace.runtime.requests import SamplingParams
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import MASK_BITS, Role, mask_words
 
 

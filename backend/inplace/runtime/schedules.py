@@ -28,8 +28,9 @@ from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.slots import EndReason, SequenceState
 from inplace.runtime.speculative import SpeculativeInstance
 from inplace.schema.files import EngineFolder
+from inplace.schema.programs import Program
 from inplace.schema.schedule import RequestFlag, Schedule
-from inplace.schema.served import Manifest, Program
+from inplace.schema.served import Manifest
 from inplace.schema.specs import JOINED_ROLES, Role, TensorSpec
 
 _READ_BY_SCHEDULE = frozenset({Role.TOKENS, Role.DONE, Role.ACCEPTED})

@@ -27,7 +27,7 @@ from inplace.protocol import (
     TEXT_OUTPUT,
     TOKENS,
 )
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import Dtype, Role, TensorSpec
 from inplace.server.settings import TRITON_IDLE_MICROSECONDS
 

@@ -12,7 +12,7 @@ import torch
 from inplace.engines.arena import Arena
 from inplace.errors import LoadError
 from inplace.operators import written_states
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import Alias, Dtype, Lowering, Role, StateSpec, TensorSpec, Update
 from torch import Tensor
 from torch.export import Dim

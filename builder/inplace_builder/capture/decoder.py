@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from inplace.kernels.gumbel import MAX_LOGPROBS
+from inplace.schema.programs import Program
 from inplace.schema.schedule import PROMPT_LOGPROBS
-from inplace.schema.served import Program
 from inplace.schema.specs import (
     PROMPT_LOGPROB_ROLES,
     SAMPLING_OPTION_ROLES,

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 from inplace.protocol import AUDIO
+from inplace.schema.programs import Program
 from inplace.schema.schedule import STEP
-from inplace.schema.served import Program
 from inplace.schema.specs import Dtype, Role, StateSpec, TensorSpec, Update
 from pydantic import ValidationError
 from torch import Tensor

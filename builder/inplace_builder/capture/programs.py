@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from inplace.runtime.batcher import CallOutputs, ScheduleProgress
+from inplace.schema.programs import check_interfaces, check_schedules, schedule_inputs
 from inplace.schema.schedule import Call, Loop, Schedule
-from inplace.schema.served import check_interfaces, check_schedules, schedule_inputs
 from inplace.schema.specs import Role
 from pydantic import ValidationError
 from torch import Tensor

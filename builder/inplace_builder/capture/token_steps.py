@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from inplace.operators import sample_with_options
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import Dtype, Role, StateSpec
 from torch import Tensor
 from torch.export import ExportedProgram

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import LOGPROB_ROLES, SAMPLING_OPTION_ROLES, SAMPLING_ROLES, TensorSpec
 from torch.export.graph_signature import OutputKind
 from torch.fx import Graph, Node

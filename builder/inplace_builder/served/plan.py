@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from inplace.engines.tensorrt.steps import decode_sizes, mixed_sizes
 from inplace.schema.artifacts import Profile
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import (
     PACKED_ROLES,
     AliasKind,

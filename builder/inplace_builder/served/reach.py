@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import Role
 from torch import Tensor
 from torch.export import ExportedProgram

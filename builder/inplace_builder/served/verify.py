@@ -27,9 +27,10 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.loading import load_engines, make_arena
 from inplace.runtime.requests import Request
 from inplace.schema.files import EngineFolder
+from inplace.schema.programs import Program
 from inplace.schema.schedule import PROMPT_LOGPROBS as PROMPT_PROGRAM
 from inplace.schema.schedule import STEP
-from inplace.schema.served import Manifest, Program
+from inplace.schema.served import Manifest
 from inplace.schema.specs import (
     LOGPROB_ROLES,
     SAMPLING_OPTION_ROLES,

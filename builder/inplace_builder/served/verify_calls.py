@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.schema.served import CompiledProgram, Manifest
+from inplace.schema.programs import CompiledProgram
+from inplace.schema.served import Manifest
 from inplace.schema.specs import Dtype
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node

@@ -19,8 +19,9 @@ from inplace.protocol import SAMPLE_RATE
 from inplace.runtime.batcher import ActiveRequest, CallOutputs, form_batch
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance, saved_states
+from inplace.schema.programs import Program
 from inplace.schema.schedule import Call, Loop, RequestFlag, Schedule
-from inplace.schema.served import Manifest, Program
+from inplace.schema.served import Manifest
 from inplace.schema.specs import Role
 from torch import Tensor
 

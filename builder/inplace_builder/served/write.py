@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from inplace.schema.files import record_files
+from inplace.schema.programs import CompiledProgram
 from inplace.schema.schedule import DEFAULT_SCHEDULE, PROMPT_LOGPROBS, Schedule
-from inplace.schema.served import FILE_NAME, CompiledProgram, Manifest
+from inplace.schema.served import FILE_NAME, Manifest
 from inplace.schema.specs import INITIAL_FILE
 from inplace.schema.tensor_file import write_tensors
 from inplace.snapshots.contract import WEIGHTS_NOTE

@@ -5,7 +5,8 @@ from itertools import groupby
 from pathlib import Path
 
 from inplace.engines.gpus import arena_bytes, max_slots
-from inplace.schema.served import CompiledProgram, Manifest, Program
+from inplace.schema.programs import CompiledProgram, Program
+from inplace.schema.served import Manifest
 from inplace.schema.specs import StateSpec, TensorSpec, Update
 from rich.filesize import decimal
 from rich.table import Table

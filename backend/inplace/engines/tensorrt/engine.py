@@ -25,8 +25,9 @@ from inplace.engines.tensorrt.steps import DynamicSlotSteps
 from inplace.errors import LoadError
 from inplace.schema.artifacts import Plan
 from inplace.schema.files import EngineFolder
+from inplace.schema.programs import CompiledProgram
 from inplace.schema.schedule import STEP
-from inplace.schema.served import CompiledProgram, Manifest
+from inplace.schema.served import Manifest
 from inplace.schema.specs import Dtype, in_words
 from inplace.schema.tensor_file import read_tensors
 

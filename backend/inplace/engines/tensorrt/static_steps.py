@@ -20,7 +20,7 @@ from inplace.engines.tensorrt.steps import (
     on_stream,
     timed,
 )
-from inplace.schema.served import Program
+from inplace.schema.programs import Program
 from inplace.schema.specs import PACKED_ROLES, Role
 
 

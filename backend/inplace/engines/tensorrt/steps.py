@@ -21,7 +21,7 @@ from inplace.engines.base import Finish
 from inplace.engines.tensorrt.plan import ExecutionContexts
 from inplace.errors import LoadError
 from inplace.operators.float8 import FLOAT8
-from inplace.schema.served import CompiledProgram, Program
+from inplace.schema.programs import CompiledProgram, Program
 from inplace.schema.specs import (
     CLIENT_ROLES,
     PACKED_ROLES,

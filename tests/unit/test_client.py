@@ -23,8 +23,9 @@ from inplace.client import (
     UnreachableError,
 )
 from inplace.client.errors import may_answer, parse_error
+from inplace.client.generation_progress import GenerationProgress, Piece
 from inplace.client.logprobs import TokenLogprob
-from inplace.client.replay import GenerationProgress, Piece, SequenceTracker
+from inplace.client.replay import SequenceTracker
 from inplace.client.requests import (
     InferRequest,
     ModelMetadata,

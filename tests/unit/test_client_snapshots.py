@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from inplace.client import ClientError, SequenceLostError
 from inplace.client.errors import parse_error
-from inplace.client.replay import RECENT_POSITIONS, GenerationProgress, SequenceTracker
+from inplace.client.generation_progress import GenerationProgress
+from inplace.client.replay import RECENT_POSITIONS, SequenceTracker
 from inplace.client.requests import (
     InferRequest,
     ModelMetadata,

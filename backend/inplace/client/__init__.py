@@ -12,8 +12,8 @@
 
 from inplace.client.async_client import AsyncClient, AsyncGeneration, AsyncSequence
 from inplace.client.errors import ClientError, RefusedError, SequenceLostError, UnreachableError
+from inplace.client.generation_progress import Piece
 from inplace.client.logprobs import PromptLogprob, TokenLogprob, decode_prompt_logprobs
-from inplace.client.replay import Piece
 from inplace.client.requests import GenerationOptions
 from inplace.client.servers import NO_RETRY, Retry
 from inplace.client.sync_client import Client, Generation, Sequence

@@ -23,8 +23,9 @@ from inplace.client.errors import (
     UnreachableError,
     parse_error,
 )
+from inplace.client.generation_progress import REPLAY, GenerationProgress, Piece
 from inplace.client.logprobs import PromptLogprob, TokenLogprob, keep_own_tokens
-from inplace.client.replay import REPLAY, GenerationProgress, Piece, SequenceTracker
+from inplace.client.replay import SequenceTracker
 from inplace.client.requests import (
     Array,
     GenerationOptions,

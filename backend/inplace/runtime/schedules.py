@@ -21,9 +21,10 @@ from inplace.errors import Code, RequestError
 from inplace.parameters import RequestKind, parse_parameters
 from inplace.protocol import AUDIO, AUDIO_INT16
 from inplace.runtime.audio import audio_spec, check_audio_parameters, count_tensor, cut_stream
-from inplace.runtime.batcher import ActiveRequest, CallOutputs, ScheduleProgress, form_batch
+from inplace.runtime.batcher import ActiveRequest, form_batch
 from inplace.runtime.instance import InFlightStep, ModelInstance
 from inplace.runtime.loading import load_engines
+from inplace.runtime.progress import CallOutputs, ScheduleProgress
 from inplace.runtime.requests import Request, ValidatedRequest
 from inplace.runtime.slots import EndReason, SequenceState
 from inplace.runtime.speculative import SpeculativeInstance

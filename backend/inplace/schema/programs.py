@@ -12,10 +12,7 @@ from pydantic import Field, model_validator
 from inplace.protocol import AUDIO, AUDIO_INT16
 from inplace.schema.artifacts import EngineFile
 from inplace.schema.files import Record
-from inplace.schema.schedule import (
-    RequestFlag,
-    Schedule,
-)
+from inplace.schema.schedule import RequestFlag, Schedule
 from inplace.schema.specs import (
     CLIENT_ROLES,
     INPUT_ROLES,

@@ -19,12 +19,7 @@ from inplace.schema.programs import (
     check_schedules,
     schedule_inputs,
 )
-from inplace.schema.schedule import (
-    DEFAULT_SCHEDULE,
-    PROMPT_LOGPROBS,
-    STEP,
-    Schedule,
-)
+from inplace.schema.schedule import DEFAULT_SCHEDULE, PROMPT_LOGPROBS, STEP, Schedule
 from inplace.schema.specs import (
     INITIAL_FILE,
     JOINED_ROLES,

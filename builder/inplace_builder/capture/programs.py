@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from inplace.runtime.batcher import CallOutputs, ScheduleProgress
+from inplace.runtime.progress import CallOutputs, ScheduleProgress
 from inplace.schema.programs import check_interfaces, check_schedules, schedule_inputs
 from inplace.schema.schedule import Call, Loop, Schedule
 from inplace.schema.specs import Role

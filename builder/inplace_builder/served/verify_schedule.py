@@ -16,7 +16,8 @@ from inplace.engines import NO_OTHER_THREADS
 from inplace.errors import Code, RequestError
 from inplace.parameters import Parameter
 from inplace.protocol import SAMPLE_RATE
-from inplace.runtime.batcher import ActiveRequest, CallOutputs, form_batch
+from inplace.runtime.batcher import ActiveRequest, form_batch
+from inplace.runtime.progress import CallOutputs
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance, saved_states
 from inplace.schema.programs import Program

@@ -2,10 +2,15 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from time import monotonic
 from typing import Protocol
 
+from inplace.drivers.queues import SequenceQueues, StreamRequest
 from inplace.errors import Code, RequestError
+from inplace.runtime.instance import ModelInstance
+from inplace.runtime.slots import EndReason, SequenceId, SequenceState
 
 MAX_SILENCE = 0.5
 """Seconds since its last response after which a sequence is ended while the server stops. A client
@@ -85,6 +90,141 @@ class Shutdown:
     def stop_now(self) -> None:
         """Answer everything with SHUTDOWN and end all sequences."""
         self._driver.stop_running(unloading())
+
+
+class StoppableLoop(Protocol):
+    """A loop that runs requests, as `HandOver` needs it."""
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function on the loop's thread, between two steps. Thread-safe."""
+
+    def stop_generation(self, request: StreamRequest) -> None:
+        """Stop a generation that will be answered with `answer`."""
+
+    def answer(self, request: StreamRequest, error: RequestError) -> None:
+        """Answer a request with an error, and start the next one of its sequence."""
+
+    def start_next(self, sequence_id: SequenceId) -> None:
+        """Start the next request of a sequence."""
+
+
+class HandOver:
+    """Stores the sequences of an engine loop for another server, and ends them.
+
+    All methods are to be called on the loop's thread.
+
+    Args:
+        instance: has the sequences.
+        queues: their requests.
+        loop: runs them.
+
+    Attributes:
+        leaving: by sequence that is being stored and ends then, whether it was.
+    """
+
+    def __init__(
+        self, instance: ModelInstance, queues: SequenceQueues, loop: StoppableLoop
+    ) -> None:
+        self._table, self._snapshots = instance.table, instance.snapshots
+        self._queues, self._loop = queues, loop
+        self.leaving: dict[SequenceId, Future[bool]] = {}
+        self._not_stored: set[SequenceState] = set()
+
+    def advance(self, *, wait: bool = False) -> None:
+        """Store the sequences that may be stored, then end them; those that run after their step.
+
+        Args:
+            wait: do all of it now; else what threads have room for, and the rest when called again.
+        """
+        snapshots = self._snapshots
+        if snapshots is None:
+            return
+        for sequence in list(self._table.live):
+            if not snapshots.is_stored(sequence) or sequence in self._not_stored:
+                continue
+            if sequence.id in self.leaving:
+                continue
+            running = self._running(sequence)
+            if not _may_leave(running):
+                continue
+            pending = sequence.pending_token
+            if running is not None and running.generation is not None:
+                pending = running.generation.last_token
+            result = snapshots.write(sequence, pending, wait=wait)
+            if result is None:
+                return
+            if running is not None:
+                self._loop.stop_generation(running)
+            sequence.busy = True
+            self.leaving[sequence.id] = result
+            if wait:
+                self._finished(sequence, running, was_stored=result.result())
+            else:
+                result.add_done_callback(partial(self._finish_later, sequence, running))
+
+    def finish(self) -> None:
+        """Wait for the sequences that are being stored, and store the others."""
+        for leaving in list(self.leaving.values()):
+            leaving.result()
+        self.advance(wait=True)
+
+    def fence(self, sequence: SequenceState) -> None:
+        """End a sequence that another server has restored, and answer its request."""
+        if self._table.get(sequence.id) is not sequence:
+            return
+        running = self._running(sequence)
+        if running is not None:
+            self._loop.stop_generation(running)
+        self._table.leave(sequence, EndReason.FENCED, fenced())
+        if running is not None:
+            self._loop.answer(running, fenced())
+
+    def _running(self, sequence: SequenceState) -> StreamRequest | None:
+        """The request of a sequence that has been admitted."""
+        queued = self._queues.get(sequence.id)
+        return queued[0] if queued and queued[0].active is not None else None
+
+    def _finish_later(
+        self, sequence: SequenceState, running: StreamRequest | None, result: Future[bool]
+    ) -> None:
+        """Let the loop end a sequence that was stored, or could not be. On any thread.
+
+        Nothing that the future has refers to it: such a cycle would keep the request, for which a
+        server that stops waits, until garbage is collected.
+        """
+        was_stored = result.result()
+        self._loop.call(partial(self._finished, sequence, running, was_stored=was_stored))
+
+    def _finished(
+        self, sequence: SequenceState, running: StreamRequest | None, *, was_stored: bool
+    ) -> None:
+        """A sequence was stored, or could not be: end it, and answer its requests."""
+        self.leaving.pop(sequence.id, None)
+        sequence.busy = False
+        if self._table.get(sequence.id) is sequence:
+            if was_stored:
+                self._table.leave(sequence, EndReason.SHUTDOWN, stored())
+            elif running is not None:
+                self._table.end(sequence, EndReason.SHUTDOWN)
+            else:
+                self._not_stored.add(sequence)
+        if running is not None and running in self._queues:
+            self._loop.answer(running, stored() if was_stored else unloading())
+        else:
+            self._loop.start_next(sequence.id)
+
+
+def _may_leave(running: StreamRequest | None) -> bool:
+    """Whether a sequence can be stored now: nothing of it runs, or a generation has a token.
+
+    What does not, has one soon, or has finished.
+    """
+    if running is None:
+        return True
+    generation, active = running.generation, running.active
+    if generation is None or active is None or active.decode_token is None:
+        return False
+    return active.decode_token == generation.last_token
 
 
 def stored() -> RequestError:

@@ -9,7 +9,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -27,7 +27,7 @@ from inplace.drivers.queues import (
 from inplace.drivers.reply import BufferedReply, Channel, FinalResponse, Reply, ScheduleReply
 from inplace.drivers.scheduler import CallQueue, Scheduler, StepPipeline
 from inplace.drivers.senders import CancellationWatcher, ResponseBuffer, Senders
-from inplace.drivers.shutdown import fenced, stored, unloading
+from inplace.drivers.shutdown import HandOver, unloading
 from inplace.errors import Code, RequestError, backend_failure
 from inplace.protocol import GROUP, TEXT
 from inplace.runtime.batcher import ActiveRequest, Answer, split_outputs
@@ -35,7 +35,7 @@ from inplace.runtime.fairness import WaitingQueue
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.runtime.schedules import ScheduledInstance
-from inplace.runtime.slots import RECLAIM_INTERVAL, EndReason, SequenceId, SequenceState
+from inplace.runtime.slots import RECLAIM_INTERVAL, EndReason, SequenceId
 
 MAX_GATHER_TIME, GATHER_POLL_INTERVAL = 0.005, 0.0001
 """Seconds for which a step waits for more requests at most, and between two looks for them."""
@@ -213,10 +213,11 @@ class EngineLoop:
         )
         self._next_reclaim = 0.0
         self._snapshots = instance.snapshots
-        self._leaving: dict[SequenceId, Future[bool]] = {}  # that are stored now, and end then
-        self._not_stored: set[SequenceState] = set()
+        self._hand_over = HandOver(instance, self._queues, self)
         if self._snapshots is not None:
-            self._snapshots.on_fenced = lambda sequence: self.call(partial(self._fence, sequence))
+            self._snapshots.on_fenced = lambda sequence: self.call(
+                partial(self._hand_over.fence, sequence)
+            )
         instance.observer.watch_waiting(self._waiting)
         self._gil = senders.gil
         instance.gil_released = self._gil.released
@@ -354,7 +355,7 @@ class EngineLoop:
             self._refuse(request, error)
             return
         if is_first:
-            self._start_next(request.sequence_id)
+            self.start_next(request.sequence_id)
 
     def _fetch(self, request: StreamRequest) -> None:
         """Have a request answered with the tokens of its sequence's buffered generation."""
@@ -369,18 +370,18 @@ class EngineLoop:
         except RequestError as error:
             self._refuse(request, error)
 
-    def _start_next(self, sequence_id: SequenceId) -> None:
+    def start_next(self, sequence_id: SequenceId) -> None:
         """Start the next request of a sequence; requests that cannot start are answered."""
         next_id: SequenceId | None = sequence_id
         while next_id is not None:  # a loop: in a long queue one may follow another very often
             next_id = self._start_first(next_id)
 
     def _start_first(self, sequence_id: SequenceId) -> SequenceId | None:
-        """As `_start_next`; returns a sequence whose request has lost its place in the queue."""
+        """As `start_next`; returns a sequence whose request has lost its place in the queue."""
         while queued := self._queues.get(sequence_id):
             request = queued[0]
-            if sequence_id in self._leaving:
-                return None  # `_handed_over` follows
+            if sequence_id in self._hand_over.leaving:
+                return None  # `HandOver` starts it
             self._fetch_sequence(request)
             if request.is_preparing:
                 return None  # `start_prepared` follows
@@ -431,14 +432,14 @@ class EngineLoop:
         started = request.active is not None or request in self._waiting
         queued = self._queues.get(request.sequence_id)
         if queued and queued[0] is request and not started:
-            self._start_next(request.sequence_id)
+            self.start_next(request.sequence_id)
 
     def _remove(self, request: StreamRequest) -> None:
         """Remove a request that has been answered and start the next one of its sequence."""
         self._watcher.remove(request)
         self._masks.discard(request)
         if self._queues.remove(request):
-            self._start_next(request.sequence_id)
+            self.start_next(request.sequence_id)
 
     def _on_cancelled(self, request: StreamRequest) -> None:
         if request not in self._queues:
@@ -743,102 +744,24 @@ class EngineLoop:
 
     # Shutdown, and sequences that go on in another server. These run on the loop's thread.
 
-    def hand_over(self, *, wait: bool = False) -> None:
+    def hand_over(self) -> None:
         """Store the sequences that may be stored, then end them; those that run after their step.
 
-        Args:
-            wait: do all of it now; else what threads have room for, and the rest when called again.
+        Begins what threads have room for, and the rest when called again.
         """
-        snapshots = self._snapshots
-        if snapshots is None:
-            return
-        for sequence in list(self._instance.table.live):
-            if not snapshots.is_stored(sequence) or sequence in self._not_stored:
-                continue
-            if sequence.id in self._leaving:
-                continue
-            queued = self._queues.get(sequence.id)
-            running = queued[0] if queued and queued[0].active is not None else None
-            if not self._may_leave(running):
-                continue
-            pending = sequence.pending_token
-            if running is not None and running.generation is not None:
-                pending = running.generation.last_token
-            result = snapshots.write(sequence, pending, wait=wait)
-            if result is None:
-                return
-            if running is not None:
-                self._stop_generation(running)
-            sequence.busy = True
-            self._leaving[sequence.id] = result
-            if wait:
-                self._handed_over(sequence, running, was_stored=result.result())
-            else:
-                result.add_done_callback(partial(self._hand_over_later, sequence, running))
+        self._hand_over.advance()
 
-    def _hand_over_later(
-        self, sequence: SequenceState, running: StreamRequest | None, result: Future[bool]
-    ) -> None:
-        """Let the loop end a sequence that was stored, or could not be. On any thread.
-
-        Nothing that the future has refers to it: such a cycle would keep the request, for which a
-        server that stops waits, until garbage is collected.
-        """
-        was_stored = result.result()
-        self.call(partial(self._handed_over, sequence, running, was_stored=was_stored))
-
-    @staticmethod
-    def _may_leave(running: StreamRequest | None) -> bool:
-        """Whether a sequence can be stored now: nothing of it runs, or a generation has a token.
-
-        What does not, has one soon, or has finished.
-        """
-        if running is None:
-            return True
-        generation, active = running.generation, running.active
-        if generation is None or active is None or active.decode_token is None:
-            return False
-        return active.decode_token == generation.last_token
-
-    def _stop_generation(self, request: StreamRequest) -> None:
-        """Stop a generation whose sequence is being stored; it is answered when that is done."""
+    def stop_generation(self, request: StreamRequest) -> None:
+        """Stop a generation whose sequence ends for another server; the caller answers it."""
         assert request.active is not None
         request.active.dropped = True
         self._scheduler.remove(request)
         self._masks.discard(request)
 
-    def _handed_over(
-        self, sequence: SequenceState, running: StreamRequest | None, *, was_stored: bool
-    ) -> None:
-        """A sequence was stored, or could not be: end it, and answer its requests."""
-        self._leaving.pop(sequence.id, None)
-        sequence.busy = False
-        table = self._instance.table
-        if table.get(sequence.id) is sequence:
-            if was_stored:
-                table.leave(sequence, EndReason.SHUTDOWN, stored())
-            elif running is not None:
-                table.end(sequence, EndReason.SHUTDOWN)
-            else:
-                self._not_stored.add(sequence)
-        if running is not None and running in self._queues:
-            self._refuse(running, stored() if was_stored else unloading())
-            self._remove(running)
-        else:
-            self._start_next(sequence.id)
-
-    def _fence(self, sequence: SequenceState) -> None:
-        """End a sequence that another server has restored, and answer its request."""
-        if self._instance.table.get(sequence.id) is not sequence:
-            return
-        queued = self._queues.get(sequence.id)
-        running = queued[0] if queued and queued[0].active is not None else None
-        if running is not None:
-            self._stop_generation(running)
-        self._instance.table.leave(sequence, EndReason.FENCED, fenced())
-        if running is not None:
-            self._refuse(running, fenced())
-            self._remove(running)
+    def answer(self, request: StreamRequest, error: RequestError) -> None:
+        """Answer a request with an error, and start the next one of its sequence."""
+        self._refuse(request, error)
+        self._remove(request)
 
     def end_idle(self, seconds: float) -> None:
         """End the sequences that have had no request for so many seconds."""
@@ -854,9 +777,7 @@ class EngineLoop:
 
     def stop_running(self, error: RequestError) -> None:
         """Answer every request with this error and end all sequences."""
-        for leaving in list(self._leaving.values()):
-            leaving.result()
-        self.hand_over(wait=True)
+        self._hand_over.finish()
         self._fail_all(error, EndReason.SHUTDOWN)
         for sequence in self._instance.table.idle_for(0.0):
             self._instance.table.end(sequence, EndReason.SHUTDOWN)

@@ -5,6 +5,9 @@ and limits of the parameters.
 """
 
 SEQUENCE_KEY, POSITION, GROUP = "sequence_key", "position", "group"
+INVALID_POSITION = 1 << 62
+"""A position above every capacity: an END with it only ends its sequence."""
+
 """Parameters of every request."""
 
 

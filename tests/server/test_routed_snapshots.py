@@ -20,6 +20,7 @@ from inplace_builder.tools.tritonserver import Ports, TritonServer
 from support.envoy import Envoy
 from support.fault_proxy import kill_server
 from support.models import accumulator
+from support.storing import left_in_folder
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
@@ -108,6 +109,6 @@ def test_sequences_behind_the_router_go_on_in_other_replicas(
         for sequence in sequences:
             sequence.close()
         store, deadline = repository.parent / "store", time.monotonic() + 20
-        while left := [file for file in store.rglob("*") if file.is_file()]:
+        while left := left_in_folder(store):
             assert time.monotonic() < deadline, left
             time.sleep(0.05)

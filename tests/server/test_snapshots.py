@@ -20,6 +20,7 @@ from support.models import Repository, greedy
 from support.observed import samples
 from support.pool import reconfigure
 from support.served import MODEL
+from support.storing import left_in_folder
 from support.streams import prompt
 from support.transducing import GreedySearch, chunks
 from support.vocabulary import llama_with_tokenizer
@@ -260,7 +261,7 @@ def test_sequences_go_on_when_a_server_is_killed_and_when_one_is_drained(
         for worker in workers:
             worker.thread.join(60)
     deadline = time.monotonic() + 20
-    while left := [file for file in store.rglob("*") if file.is_file()]:
+    while left := left_in_folder(store):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 

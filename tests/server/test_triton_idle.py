@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from inplace.client import NO_RETRY, Client, Sequence
 from inplace_builder.tools.tritonserver import TritonServer
 from support.engines import Engines
 from support.faults import idle_after
@@ -162,6 +163,21 @@ def test_a_start_without_a_position_takes_the_sequence_from_a_forgotten_generati
         rest = talk.collect()
         before = (generated + rest.tokens)[: len(forgetting.solo)]
         assert (rest.reason, before) == ("ended", forgetting.solo[: len(before)])
+
+
+def test_a_client_ends_a_sequence_that_triton_has_forgotten(forgetting: Forgetting) -> None:
+    """Triton refuses an END without START, of which the backend then hears nothing."""
+    with Client(forgetting.server.grpc_url, retry=NO_RETRY) as client:
+        sequence = Sequence(client, "hasty")
+        generation = sequence.generate(PROMPT, len(forgetting.solo), text=False)
+        assert list(generation)
+        assert generation.tokens == forgetting.solo
+        sequence.close()
+    with forgetting.talk() as talk:  # at once, before it would have been idle for long enough
+        for number in range(SLOTS):
+            assert not talk.request(f"next{number}", [1], start=True).error
+        for number in range(SLOTS):
+            talk.request(f"next{number}", [], end=True)
 
 
 def test_a_client_that_drops_a_forgotten_generation_frees_its_slot_at_once(

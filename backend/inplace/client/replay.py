@@ -31,16 +31,13 @@ from inplace.protocol import (
     FROM,
     GROUP,
     INPUT_IDS,
+    INVALID_POSITION,
     MAX_TOKENS,
     POSITION,
     RESTORE,
     SEQUENCE_KEY,
     TEXT,
 )
-
-INVALID_POSITION = 1 << 62
-"""A position above every capacity."""
-
 
 RECENT_POSITIONS = 8
 """Positions whose requests are kept beside those that a snapshot may lack."""

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import abc
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
@@ -47,6 +48,10 @@ Result = TypeVar("Result")
 
 SERVER_FULL = (Code.NO_FREE_SLOT, Code.QUEUE_FULL)
 """Codes of a server that has no room for a sequence now; another one may have."""
+
+END_ATTEMPTS, END_DELAY = 4, 1.0
+"""How often the END of a sequence that may be stored is sent at most, or once to each server; and
+the longest delay between two tries, in seconds."""
 
 
 class Client:
@@ -471,26 +476,34 @@ class Sequence:
     def _end(self) -> None:
         """Free what the server may hold for the sequence; a running generation finishes."""
         model = self._metadata()
-        with suppress(
-            RefusedError, SequenceLostError
-        ):  # expected, see `SequenceTracker.end_request`
-            self._exchange(self._tracker.end_request(model), model)
+        for _ in range(2):
+            request = self._tracker.end_request(model)
+            try:
+                self._exchange(request, model)
+            except (RefusedError, SequenceLostError) as error:  # expected, see `end_request`
+                forgotten = not error.from_backend and error.retryable and not request.start
+                if forgotten:  # Triton has passed nothing on: the next one has START
+                    continue
+            break
         self._tracker.needs_end = False
 
     def _end_anywhere(self) -> None:
         """Free what a server may hold for the sequence.
 
-        If it is gone, another one deletes what is stored of the sequence.
+        If it is gone, another one deletes what is stored of the sequence: the next of the list, or
+        the one that a router chooses.
         """
-        for _ in self._client._servers.urls:
-            try:
-                self._end()
-            except UnreachableError:
-                if self._tracker.may_restore:  # then `_map_error` has chosen another server
-                    continue
-            except InferenceServerException:  # nothing more can be done
-                pass
-            return
+        retry, servers = self._client.retry, self._client._servers.urls
+        attempts = max(len(servers), min(END_ATTEMPTS, retry.attempts))
+        retry = replace(retry, attempts=attempts, max_delay=END_DELAY)
+        with suppress(InferenceServerException):  # nothing more can be done
+            for attempt in retry.retrying():
+                with attempt:
+                    try:
+                        self._end()
+                    except UnreachableError as error:  # `_map_error` has chosen another server
+                        error.retryable = self._tracker.may_restore
+                        raise
 
     def _cancel(self, progress: GenerationProgress) -> None:
         """Cancel a running generation; what it has generated stays part of the sequence."""

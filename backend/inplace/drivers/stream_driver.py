@@ -132,9 +132,9 @@ class StreamDriver:
 
     def _forget(self, request: Request) -> None:
         """Delete what is stored of a sequence whose END is refused because the driver is closed."""
-        if request.end and self.instance.snapshots is not None:
+        if request.end:
             with contextlib.suppress(RequestError):  # the key is none
-                self.instance.snapshots.forget(request.sequence_id, request.key_digest())
+                self.instance.forget_stored(request, request.key_digest())
 
     def tokenize(self, request: Request, texts: Mapping[str, tuple[bytes, ...]]) -> Request:
         """A request with the token ids of its text, if it has one. Thread-safe.
@@ -798,8 +798,8 @@ class EngineLoop:
         self._scheduler.clear()
         for request in requests:
             self._refuse(request, error)
-            if request.request.end and self._snapshots is not None:
-                self._snapshots.forget(request.sequence_id, request.key_digest)
+            if request.request.end:
+                self._instance.forget_stored(request.request, request.key_digest)
             active = request.active
             if active is None:
                 continue

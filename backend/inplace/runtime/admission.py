@@ -254,13 +254,13 @@ class Admission:
                 self.snapshots.write_if_due(sequence, sequence.pending_token)
         except RequestError as error:
             live = self.table.get(request.sequence_id)
+            if restored and live is not None and error.code is Code.POSITION:
+                raise self._restored_elsewhere(live) from None
             if request.end and live is not None:
                 self._forget_if_asked(request, live)
                 self.table.end(live)
-            elif request.end and self.snapshots is not None:
-                self.snapshots.forget(request.sequence_id, validated.key_digest)
-            if restored and live is not None and error.code is Code.POSITION:
-                raise self._restored_elsewhere(live) from None
+            elif request.end:
+                self.forget_stored(request, validated.key_digest)
             raise
         sequence.busy = True
         self._forget_if_asked(request, sequence)
@@ -289,6 +289,14 @@ class Admission:
             sequence.num_prompt_tokens = sequence.length + active.num_tokens
         active.end_position = sequence.length + active.num_tokens + validated.max_new_tokens
         return active
+
+    def forget_stored(self, request: Request, key_digest: bytes | None) -> None:
+        """Delete what is stored of the sequence of a refused END, which is not live here.
+
+        Unless its client may still send the request to another server, which restores the sequence.
+        """
+        if self.snapshots is not None and not request.may_go_on_elsewhere:
+            self.snapshots.forget(request.sequence_id, key_digest)
 
     @staticmethod
     def _restored_elsewhere(sequence: SequenceState) -> RequestError:

@@ -23,6 +23,7 @@ from inplace.protocol import (
     CACHE_SALT,
     FORGET,
     FROM,
+    INVALID_POSITION,
     LOGIT_BIAS,
     LOGPROBS,
     MAX_TOKENS,
@@ -287,6 +288,18 @@ class Request:
             return self.position() not in (None, 0)
         except RequestError:  # it is refused; then it must not reset a sequence either
             return True
+
+    @property
+    def may_go_on_elsewhere(self) -> bool:
+        """Whether another server may answer it with what is stored of its sequence.
+
+        An END that is refused here, and may, leaves that: its client sends it again.
+        """
+        try:
+            position = self.position()
+        except RequestError:
+            return False
+        return position is not None and 0 < position < INVALID_POSITION
 
     @property
     def asks_to_restore(self) -> bool:

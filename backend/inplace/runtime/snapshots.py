@@ -137,7 +137,10 @@ class SnapshotKeeper:
             self._submit(lease.name, self._store.end, lease)
 
     def forget(self, sequence_id: SequenceId, key_digest: bytes | None) -> None:
-        """The client has ended a sequence that is not live here: delete what is stored of it."""
+        """The client has ended a sequence that is not live here: delete what is stored of it.
+
+        Another server that has it will not store it any more.
+        """
         if key_digest is not None:
             name = self._store.name(sequence_id, key_digest)
             self._submit(name, self._store.forget, name)
@@ -322,7 +325,7 @@ class SnapshotKeeper:
 
     def _find_fenced(self) -> None:
         live = [each for each in self._live.copy().values() if each.lease is not None]
-        leases = [each.lease for each in live if each.lease is not None and each.lease.epoch]
+        leases = [each.lease for each in live if each.lease is not None and each.lease.begun]
         if not leases:
             return
         names = {lease.name for lease in self._store.fenced(leases)}

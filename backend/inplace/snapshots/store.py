@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from inplace.parameters import MAX_SEQUENCE_ID_BYTES
 from inplace.snapshots.buckets import PARTIAL, Bucket, Entry
@@ -17,13 +17,22 @@ from inplace.snapshots.errors import SnapshotError, SnapshotReason
 log = logging.getLogger("inplace")
 
 _OBJECT = re.compile(r"(?P<name>[0-9a-f]{64})\.(?P<epoch>[0-9]{1,18})")
-_UNFINISHED = re.compile(_OBJECT.pattern + rf"\.[0-9a-f]+{re.escape(PARTIAL)}")
+_UNFINISHED = re.compile(rf"{_OBJECT.pattern}(\.ended)?\.[0-9a-f]+{re.escape(PARTIAL)}")
+_MARK = re.compile(rf"{_OBJECT.pattern}\.ended")
 
 OBJECT_BYTES = 1024
 """About what an object has beside tensors and tokens."""
 
 USAGE_SECONDS = 5.0
 """For how long the sum of the sizes of all objects is taken for true."""
+
+
+MARK_SECONDS = 60.0
+"""How long a mark that a sequence has ended stays: longer than a replica takes to write a snapshot,
+and many times longer than between two looks for such marks."""
+
+MARK_ABOVE = 1000
+"""How far above all epochs a mark is: above those that are being claimed at the same moment."""
 
 
 @dataclass(slots=True)
@@ -35,12 +44,16 @@ class Lease:
         epoch: that the replica has; None before it has written anything.
         stored_at: the position at which it was captured last, or restored; 0 before.
         expires: of the last object that it has written, in seconds since 1970.
+        begun: the store was looked through when the sequence began, or it was restored.
+        moved: another replica may have it too, or have had it.
     """
 
     name: str
     epoch: int | None = None
     stored_at: int = 0
     expires: float = 0.0
+    begun: bool = False
+    moved: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,10 @@ class SnapshotStore:
     Each sequence has a name, and each replica that has it an *epoch*. The object of an epoch is
     created on the condition that it does not exist, as a claim, so of several replicas one gets it;
     the snapshot replaces the claim. A replica that finds an epoch above its own is fenced.
+
+    Where a sequence ends that another replica may have too, a *mark* is left for `MARK_SECONDS`: an
+    empty object of an epoch above all others. It fences every replica below it, and when it is
+    removed, what was written below it meanwhile goes too.
 
     Args:
         bucket: where the objects lie, and nothing of other models.
@@ -130,8 +147,10 @@ class SnapshotStore:
             SnapshotError: UNAVAILABLE.
         """
         with _store_errors():
-            if epochs := self._epochs(lease.name):
-                self._claim(lease, epochs)
+            found = self._find(lease.name)
+            if found.highest or found.ended:
+                self._claim(lease, found)
+            lease.begun = True
 
     def write(self, lease: Lease, snapshot: Snapshot) -> int:
         """Store a sequence in the place of its last snapshot; returns the bytes.
@@ -140,14 +159,13 @@ class SnapshotStore:
             SnapshotError: FENCED, QUOTA or UNAVAILABLE.
         """
         with _store_errors():
-            epochs = self._epochs(lease.name)
-            if lease.epoch is not None:
-                self._check_fence(lease, epochs)
-            replaced = sum(entry.size for entry in epochs.values())
+            found = self._find(lease.name)
+            self._check_fence(lease, found)
+            replaced = sum(entry.size for entry in found.epochs.values())
             expected = snapshot.num_bytes + OBJECT_BYTES - replaced
             self._check_quota(expected)
             if lease.epoch is None:
-                self._claim(lease, epochs)
+                self._claim(lease, found)
             assert lease.epoch is not None
             expires = self._clock() + self._seconds
             parts = list(
@@ -156,30 +174,34 @@ class SnapshotStore:
             size = sum(map(len, parts))
             self._bucket.write(_object(lease.name, lease.epoch), parts)
             lease.expires = expires
-            found = self._bucket.list(f"{lease.name}.")
-            self._check_fence(lease, _epochs_in(found))
-            self._delete(found, below=lease.epoch)
+            found = self._find(lease.name)
+            self._check_fence(lease, found)
+            self._delete(found, up_to=lease.epoch - 1)
             return size
 
     def end(self, lease: Lease) -> None:
-        """The sequence has ended: delete what the store has of it, but not of later holders.
+        """The client has ended the sequence: delete all that the store has of it.
 
         Raises:
             SnapshotError: UNAVAILABLE.
         """
-        if lease.epoch is None:
-            return
         with _store_errors():
-            self._delete(self._bucket.list(f"{lease.name}."), below=lease.epoch + 1)
+            found = self._find(lease.name)
+            if lease.moved or found.highest > (lease.epoch or 0) or found.ended:
+                self._mark_and_delete(lease.name, found)
+            else:
+                self._delete(found)
 
     def forget(self, name: str) -> None:
-        """The client has ended the sequence, which no replica has: delete all of it.
+        """The client has ended the sequence, which this replica does not have: delete all of it.
+
+        Another one may have it, and may be about to store it.
 
         Raises:
             SnapshotError: UNAVAILABLE.
         """
         with _store_errors():
-            self._delete(self._bucket.list(f"{name}."))
+            self._mark_and_delete(name, self._find(name))
 
     def fenced(self, leases: list[Lease]) -> list[Lease]:
         """Those of these leases whose sequences another replica has since, by one listing.
@@ -188,19 +210,10 @@ class SnapshotStore:
             SnapshotError: UNAVAILABLE.
         """
         with _store_errors():
-            highest: dict[str, int] = {}
-            for name, epoch, _ in _objects_in(self._bucket.list()):
-                highest[name] = max(epoch, highest.get(name, 0))
-        now = self._clock()
-        return [
-            lease
-            for lease in leases
-            if lease.epoch is not None
-            and (
-                highest.get(lease.name, 0) > lease.epoch
-                or (lease.name not in highest and lease.expires > now)
-            )
-        ]
+            sequences = _sequences_in(self._bucket.list())
+        found = [sequences.get(lease.name, _Found()) for lease in leases]
+        pairs = zip(leases, found, strict=True)
+        return [lease for lease, each in pairs if self._is_fenced(lease, each)]
 
     # Of a replica that takes a sequence over
 
@@ -218,10 +231,10 @@ class SnapshotStore:
             SnapshotError: any but FENCED and QUOTA.
         """
         with _store_errors():
-            epochs = self._epochs(name)
-            if not epochs:
+            found = self._find(name)
+            epochs, highest = found.epochs, found.highest
+            if highest <= found.ended:
                 raise _missing()
-            highest = max(epochs)
             record = self._read(name, highest, epochs[highest])
             data_epoch = highest
             if record.snapshot is None:
@@ -248,7 +261,9 @@ class SnapshotStore:
                 )
             if check is not None:
                 check(snapshot)
-            lease = Lease(name, highest + 1, snapshot.position, record.expires)
+            lease = Lease(
+                name, highest + 1, snapshot.position, record.expires, begun=True, moved=True
+            )
             claim = EpochRecord(name, highest + 1, record.expires, continues=data_epoch)
             if not self._create(claim):
                 raise SnapshotError(
@@ -259,36 +274,49 @@ class SnapshotStore:
     def sweep(self) -> int:
         """Delete what has expired, and files that were never finished; returns how many objects.
 
+        With a mark goes what was written below it after the end of its sequence.
+
         Raises:
             SnapshotError: UNAVAILABLE.
         """
         with _store_errors():
-            expired = [
-                entry
-                for entry in self._bucket.list()
-                if entry.modified + self._seconds <= self._clock()
+            everything, now = self._bucket.list(), self._clock()
+            expired = {
+                entry.name
+                for entry in everything
+                if entry.modified + self._seconds <= now
                 and (_OBJECT.fullmatch(entry.name) or entry.name.endswith(PARTIAL))
-            ]
-            for entry in expired:
-                self._bucket.delete(entry.name)
+            }
+            for found in _sequences_in(everything).values():
+                due = [each for each in found.marks if each.modified + MARK_SECONDS <= now]
+                if due:
+                    below = max(map(_epoch_of, due))
+                    expired |= found.names(up_to=below)
+                    expired |= {entry.name for entry in due}
+            for name in sorted(expired, key=lambda name: _MARK.fullmatch(name) is not None):
+                self._bucket.delete(name)  # marks last: a server that is killed has not lost them
             return len(expired)
 
     # Objects
 
-    def _epochs(self, name: str) -> dict[int, Entry]:
-        return _epochs_in(self._bucket.list(f"{name}."))
+    def _find(self, name: str) -> "_Found":
+        return _sequences_in(self._bucket.list(f"{name}.")).get(name, _Found())
 
-    def _delete(self, found: list[Entry], below: int | None = None) -> None:
+    def _mark_and_delete(self, name: str, found: "_Found") -> None:
+        """Delete what the store has of a sequence, and let nobody store it again."""
+        epoch = max(found.highest, found.ended) + MARK_ABOVE
+        self._bucket.write(f"{_object(name, epoch)}.ended", [b""])
+        self._delete(self._find(name), up_to=epoch)
+
+    def _delete(self, found: "_Found", up_to: int | None = None) -> None:
         """Delete objects of a sequence, and what killed servers have left half written.
 
         Args:
             found: all that there is of it.
-            below: only of epochs below this one; None for all.
+            up_to: only of epochs up to this one; None for all.
         """
-        for entry in found:
-            match = _OBJECT.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name)
-            if match is not None and (below is None or int(match["epoch"]) < below):
-                self._bucket.delete(entry.name)
+        for name in found.names(up_to):
+            self._bucket.delete(name)
 
     def _read(self, name: str, epoch: int, entry: Entry) -> EpochRecord:
         if entry.size > self._max_bytes:
@@ -307,22 +335,35 @@ class SnapshotStore:
         name = _object(record.name, record.epoch)
         return self._bucket.create(name, list(encode(record, self._mac_key)))
 
-    def _claim(self, lease: Lease, epochs: dict[int, Entry]) -> None:
+    def _claim(self, lease: Lease, found: "_Found") -> None:
         """Get the next epoch for a sequence that begins; delete what earlier ones have left."""
         while True:
-            epoch = max(epochs, default=0) + 1
+            epoch = max(found.highest, found.ended) + 1
             expires = self._clock() + self._seconds
             if self._create(EpochRecord(lease.name, epoch, expires)):
                 break
-            epochs = self._epochs(lease.name)
+            found = self._find(lease.name)
         lease.epoch, lease.expires = epoch, expires
-        for older in epochs:
+        for older in found.epochs:
             self._bucket.delete(_object(lease.name, older))
 
-    def _check_fence(self, lease: Lease, epochs: dict[int, Entry]) -> None:
-        assert lease.epoch is not None
-        gone = not epochs and lease.expires > self._clock()
-        if gone or max(epochs, default=0) > lease.epoch:
+    def _is_fenced(self, lease: Lease, found: "_Found") -> bool:
+        """Whether another replica has the sequence, or the client has ended it elsewhere."""
+        if lease.epoch is None:  # it has stored nothing; another one's mark is newer than its START
+            return lease.begun and found.ended > 0
+        if found.ended >= lease.epoch or found.highest > lease.epoch:
+            return True
+        return not found.highest and lease.expires > self._clock()
+
+    def _check_fence(self, lease: Lease, found: "_Found") -> None:
+        """Refuse to store a fenced sequence, and delete what was stored after its end.
+
+        Raises:
+            SnapshotError: FENCED.
+        """
+        if found.ended:
+            self._delete(found, up_to=found.ended)
+        if self._is_fenced(lease, found):
             raise SnapshotError(
                 SnapshotReason.FENCED,
                 "another server has restored the sequence, or it has ended there",
@@ -344,16 +385,52 @@ class SnapshotStore:
             self._usage += size
 
 
-def _objects_in(found: list[Entry]) -> Iterator[tuple[str, int, Entry]]:
-    """The objects of what is in the store, each with its name and epoch."""
+@dataclass
+class _Found:
+    """What the store has of one sequence.
+
+    Attributes:
+        epochs: the object of each epoch.
+        marks: that it has ended.
+        unfinished: what is being written, or was left half written.
+    """
+
+    epochs: dict[int, Entry] = field(default_factory=dict)
+    marks: list[Entry] = field(default_factory=list)
+    unfinished: list[Entry] = field(default_factory=list)
+
+    @property
+    def highest(self) -> int:
+        """The highest epoch of an object; 0 without one."""
+        return max(self.epochs, default=0)
+
+    @property
+    def ended(self) -> int:
+        """The epoch up to which the sequence has ended; 0 if it has not."""
+        return max(map(_epoch_of, self.marks), default=0)
+
+    def names(self, up_to: int | None = None) -> set[str]:
+        """The names of objects, finished or not, of epochs up to this one; None for all."""
+        objects = [*self.epochs.values(), *self.unfinished]
+        return {each.name for each in objects if up_to is None or _epoch_of(each) <= up_to}
+
+
+def _sequences_in(found: list[Entry]) -> dict[str, _Found]:
+    """What is in the store, by the name of the sequence."""
+    sequences: dict[str, _Found] = {}
     for entry in found:
+        name = entry.name.partition(".")[0]
         if (match := _OBJECT.fullmatch(entry.name)) is not None:
-            yield match["name"], int(match["epoch"]), entry
+            sequences.setdefault(name, _Found()).epochs[int(match["epoch"])] = entry
+        elif _MARK.fullmatch(entry.name):
+            sequences.setdefault(name, _Found()).marks.append(entry)
+        elif _UNFINISHED.fullmatch(entry.name):
+            sequences.setdefault(name, _Found()).unfinished.append(entry)
+    return sequences
 
 
-def _epochs_in(found: list[Entry]) -> dict[int, Entry]:
-    """Of what there is of one sequence, the object of each epoch."""
-    return {epoch: entry for _, epoch, entry in _objects_in(found)}
+def _epoch_of(entry: Entry) -> int:
+    return int(entry.name.split(".")[1])
 
 
 def _object(name: str, epoch: int) -> str:

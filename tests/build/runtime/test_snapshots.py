@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from support.driving import (
     sum_request,
 )
 from support.models import CHUNK, Repository, greedy, open_instance
-from support.storing import memory_bucket, store_in
+from support.storing import left_in, memory_bucket, store_in
 from support.streaming import StreamClient, slow_steps, wait_until
 from support.vocabulary import tiny_tokenizer
 
@@ -135,7 +136,7 @@ def test_a_running_generation_goes_on_elsewhere_with_the_same_tokens(
     assert again.finish_reason == "length"
     second.end("a", **KEY).wait()
     drained(second)
-    assert bucket.list() == []
+    assert left_in(bucket) == []
     assert count(second, "restored") == 2
 
 
@@ -158,7 +159,7 @@ def test_what_was_fed_after_the_snapshot_is_sent_again(
     assert rest.next_token == reference_token(repository, [*history, 5])
     second.end("a", **KEY).wait()
     drained(second)
-    assert bucket.list() == []
+    assert left_in(bucket) == []
 
 
 def test_a_generation_is_stored_while_it_runs_and_cut_back_to_what_its_client_has(
@@ -232,7 +233,7 @@ def test_end_leaves_nothing_and_a_new_sequence_does_not_begin_with_an_old_one(
     assert len(bucket.list()) == 1
     second.end("b", **KEY).assert_refused(Code.UNKNOWN_SEQUENCE)  # it is not live here
     drained(second)
-    assert bucket.list() == []
+    assert left_in(bucket) == []
     first.step("b", [2], **KEY).wait()
     wait_until(lambda: first.driver.instance.table.get("b") is None)  # it has ended elsewhere
     first.step("c", PROMPT, start=True, **KEY).wait()
@@ -292,7 +293,7 @@ def test_an_end_that_a_closing_server_refuses_leaves_nothing(opened: Open, bucke
         ended.assert_refused(Code.SHUTDOWN, retryable=True)
     first.step("b", PROMPT, end=True, **KEY).assert_refused(Code.SHUTDOWN, retryable=True)
     drained(first)
-    assert bucket.list() == []
+    assert left_in(bucket) == []
 
 
 def test_an_instance_that_is_offered_a_sequence_declines_it_for_its_position(opened: Open) -> None:
@@ -391,7 +392,7 @@ def test_steps_of_a_step_model_are_handed_over(
         run_one(second, step_request(name, [1], end=True, **KEY))
     assert second.instance.snapshots is not None
     second.instance.snapshots.close()
-    assert bucket.list() == []
+    assert left_in(bucket) == []
 
 
 def test_states_that_are_replaced_are_stored_before_the_next_request(
@@ -418,3 +419,35 @@ def test_states_that_are_replaced_are_stored_before_the_next_request(
         request.parameters = {**KEY, "position": number}
         result = run_one(second, request)
     assert sum_and_count(result) == ([45.0] * 4, 10)
+
+
+def test_an_end_that_is_restored_behind_leaves_its_sequence_alive(
+    stepping: OpenSteps, bucket: Bucket
+) -> None:
+    """The client sends what is missing, and then the END again."""
+    first, second = stepping("accumulator", every=3), stepping("accumulator")
+    for number in range(9):
+        request = sum_request(1, float(number), start=number == 0)
+        request.parameters = KEY
+        run_one(first, request)
+    keeper = first.instance.snapshots
+    assert keeper is not None
+    for writer in keeper._writers:
+        writer.submit(threading.get_ident).result()
+    last = sum_request(1, 9.0, end=True)
+    last.parameters = {**KEY, "position": 9}
+    asked = replace(last, start=True, parameters={**KEY, "restore": True, "position": 9})
+    for request in (last, replace(asked, offered=True)):  # a server, or an instance, that lacks it
+        assert isinstance(run_one(second, request), RequestError)
+    answer = run_one(second, asked)
+    assert isinstance(answer, RequestError)
+    assert answer.code is Code.POSITION
+    stored = int(str(answer).removeprefix(RESTORED).partition(",")[0])
+    for number in range(stored, 10):
+        request = sum_request(1, float(number), start=number == stored, end=number == 9)
+        request.parameters = {**KEY, "position": number}
+        result = run_one(second, request)
+    assert sum_and_count(result) == ([45.0] * 4, 10)
+    assert second.instance.snapshots is not None
+    second.instance.snapshots.close()
+    assert left_in(bucket) == []

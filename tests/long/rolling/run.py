@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from inplace.client import AsyncClient, Retry
+from inplace.runtime.snapshots import SWEEP_INTERVAL
+from inplace.snapshots.store import MARK_SECONDS
 from inplace_builder.tools.tritonserver import Ports, TritonServer
 from rolling.models import EVERY, ROWS, build
 from rolling.scripts import scripts
 from rolling.users import Tally, User
 from support.fault_proxy import kill_server
+from support.storing import left_in_folder
 
 CALM = 6.0
 """Seconds between two events, in which all servers run."""
@@ -153,7 +156,8 @@ async def _live(
         for user in everyone:
             user.stopping = True
         results = await asyncio.gather(*running, return_exceptions=True)
-    left = await _left_behind(folder / "store")
+    left, marks = await _left_behind(folder / "store"), len(_files(folder / "store"))
+    left_later = await _marks(folder / "store")
     errors = [repr(each) for each in results if isinstance(each, BaseException)]
     numbers = {
         "seconds": time.monotonic() - begin,
@@ -176,9 +180,12 @@ async def _live(
         "failed": tally.failed,
         "longest_turn_s": tally.longest,
         "left_in_the_store": left,
+        "marks_of_ended_sequences": marks - len(left),
+        "left_when_marks_were_removed": left_later,
         "exit_statuses_of_drained_servers": replicas.statuses,
     }
-    return Judgement(numbers, [*_faults(tally), *errors, *(f"left: {name}" for name in left)])
+    faults = [*_faults(tally), *errors, *(f"left: {name}" for name in left + left_later)]
+    return Judgement(numbers, faults)
 
 
 async def _happen(event: str, replicas: Replicas, draw: random.Random) -> str:
@@ -196,10 +203,18 @@ async def _happen(event: str, replicas: Replicas, draw: random.Random) -> str:
 
 
 async def _left_behind(store: Path) -> list[str]:
-    """What the store holds when all sequences have ended and there was time to delete."""
+    """The snapshots when all sequences have ended and there was time to delete."""
     deadline = time.monotonic() + 20.0
-    while (left := _files(store)) and time.monotonic() < deadline:
+    while (left := left_in_folder(store)) and time.monotonic() < deadline:
         await asyncio.sleep(0.2)
+    return [file.name for file in left]
+
+
+async def _marks(store: Path) -> list[str]:
+    """What is left of marks that sequences have ended, when there was time to remove them."""
+    deadline = time.monotonic() + MARK_SECONDS + 2 * SWEEP_INTERVAL
+    while (left := _files(store)) and time.monotonic() < deadline:
+        await asyncio.sleep(1.0)
     return left
 
 

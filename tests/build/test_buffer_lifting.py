@@ -10,7 +10,6 @@ from inplace.schema.specs import Update
 from inplace_builder import capture_exported, inline_lifted_buffers
 from inplace_builder.errors import BuildError
 from inplace_builder.states.lift import lift_mutated_buffers
-from inplace_builder.states.state import Owner
 from support.corpus.case import noise
 from support.corpus.states import Gated, Recurrent
 from torch import Tensor, nn
@@ -49,9 +48,9 @@ def arguments() -> tuple[Tensor, Tensor]:
 def test_what_is_written_is_lifted_and_nothing_else() -> None:
     lifted = lift_mutated_buffers(Nested(), arguments())
     assert {state.source: (state.owner, tuple(state.initial.shape)) for state in lifted.states} == {
-        "layer.cache": (Owner.MODULE, (2, 4)),
-        "count": (Owner.MODULE, ()),
-        "own": (Owner.CALLER, (4,)),
+        "layer.cache": ("module", (2, 4)),
+        "count": ("module", ()),
+        "own": ("caller", (4,)),
     }
     placeholders = [
         node.name for node in lifted.graph_module.graph.nodes if node.op == "placeholder"

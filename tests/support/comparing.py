@@ -9,7 +9,7 @@ from inplace.standalone import Engine
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.compare import same_bits
-from inplace_builder.states.state import CapturedState, Owner
+from inplace_builder.states.state import CapturedState
 from torch import Tensor, nn
 from torch.fx import Interpreter
 from torch.utils import _pytree as pytree
@@ -48,7 +48,7 @@ class EagerStates:
         names = dict.fromkeys(
             state.tensor.module_tensor.name
             for state in capture.states
-            if state.tensor.owner is Owner.CALLER
+            if state.tensor.owner == "caller"
         )
         self._given, self._module = dict(zip(names, tensors(given), strict=True)), module
 
@@ -56,7 +56,7 @@ class EagerStates:
         whole = state.tensor.module_tensor
         return (
             self._given[whole.name]
-            if whole.owner is Owner.CALLER
+            if whole.owner == "caller"
             else self._module.get_buffer(whole.source)
         )
 

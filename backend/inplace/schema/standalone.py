@@ -37,6 +37,11 @@ ALIGNMENT = {"cpu": 1, "cuda": 256}
 PyTorch's own allocations have it."""
 
 
+Owner = Literal["caller", "module"]
+"""Who owns the memory of a state: the caller, whose tensor the module mutates and which is bound;
+or the module, whose buffer becomes the engine's."""
+
+
 Selection = tuple[tuple[int, int], ...]
 """The arguments (axis, index) of successive calls of `Tensor.select`, which make a view."""
 
@@ -139,7 +144,7 @@ class StandaloneState(Record):
     """
 
     name: str
-    owner: Literal["caller", "module"]
+    owner: Owner
     source: str
     dtype: Dtype
     shape: tuple[Extent, ...]

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.graph.nodes import placeholders_by_name, returned_values
 from inplace_builder.states.lift import FunctionalGraph
-from inplace_builder.states.state import SLOTS, Owner, StateTensor
+from inplace_builder.states.state import SLOTS, StateTensor
 
 aten = torch.ops.aten
 
@@ -33,13 +33,13 @@ def inline_lifted_buffers(lifted: FunctionalGraph | ExportedCapture) -> GraphMod
     if isinstance(lifted, FunctionalGraph):
         _write_back(module, lifted.states, lifted.num_outputs)
         for state in lifted.states:
-            if state.owner is Owner.MODULE:
+            if state.owner == "module":
                 _make_buffer(module, state.name, state.source, state.initial.clone())
     else:
         tensors: dict[str, Tensor] = {}
         for captured in lifted.states:
             whole = captured.tensor.module_tensor
-            if whole.owner is Owner.MODULE:
+            if whole.owner == "module":
                 tensor = tensors.setdefault(whole.source, whole.initial.clone())
                 buffer = captured.tensor.source.translate(_INDEX_TO_NAME)
                 _make_buffer(module, captured.name, buffer, captured.bound(tensor))

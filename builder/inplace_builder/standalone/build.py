@@ -46,7 +46,7 @@ from inplace_builder.graph.program import move_to_device
 from inplace_builder.graph.writer import dtype_and_shape, symbol_ranges
 from inplace_builder.standalone.verify import verify
 from inplace_builder.states.adapt import States, adapted_states
-from inplace_builder.states.state import CapturedState, Owner
+from inplace_builder.states.state import CapturedState
 
 if TYPE_CHECKING:
     from inplace_builder.lower.compile import CompiledPlan
@@ -408,7 +408,7 @@ def lowering_records(capture: ExportedCapture, plan: "CompiledPlan | None") -> t
 def _owned_states(capture: ExportedCapture) -> dict[str, Tensor]:
     """The initial values of the tensors that hold the engine's own states."""
     owned = (
-        state.tensor.module_tensor for state in capture.states if state.tensor.owner is Owner.MODULE
+        state.tensor.module_tensor for state in capture.states if state.tensor.owner == "module"
     )
     return {tensor.source: tensor.initial for tensor in owned}
 
@@ -423,7 +423,7 @@ def state_records(capture: ExportedCapture, call: CallSignature) -> tuple[Standa
         records.append(
             StandaloneState(
                 name=state.name,
-                owner="caller" if state.tensor.owner is Owner.CALLER else "module",
+                owner=state.tensor.owner,
                 source=tensor.source if argument is None else argument.where,
                 dtype=dtype_of(state.tensor.initial, state.tensor.source),
                 shape=tuple(tensor.initial.shape) if argument is None else argument.shape,

@@ -45,7 +45,7 @@ from inplace_builder.graph.passes import (
     check_writes,
     keep_old_values,
 )
-from inplace_builder.states.state import SLOTS, Owner, StateTensor
+from inplace_builder.states.state import SLOTS, StateTensor
 
 aten = torch.ops.aten
 
@@ -454,9 +454,7 @@ def _lift(
             if spec.kind is InputKind.BUFFER and (target in written_buffers or reads):
                 initial = tensor.detach().clone()
                 _name_after(graph, node, target, writers)
-                tensors[target] = StateTensor(
-                    node.name, Owner.MODULE, target, initial, only_read=reads
-                )
+                tensors[target] = StateTensor(node.name, "module", target, initial, only_read=reads)
                 if reads:
                     only_read[target] = node
             else:
@@ -512,7 +510,7 @@ def _caller_state(node: Node, example: Any) -> StateTensor:
     extents = tuple(value(node).shape)
     initial = example.detach().clone() if isinstance(example, Tensor) else torch.zeros(extents)
     dynamic = frozenset(axis for axis, extent in enumerate(extents) if not isinstance(extent, int))
-    return StateTensor(node.name, Owner.CALLER, node.name, initial, dynamic)
+    return StateTensor(node.name, "caller", node.name, initial, dynamic)
 
 
 def _checked_state(state: StateTensor, new: Node, writer: FirstWriter | None) -> StateTensor:

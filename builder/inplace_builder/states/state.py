@@ -2,23 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 from inplace.schema.specs import AliasKind, Dtype, StateSpec, Update
-from inplace.schema.standalone import Selection, format_selection, select_view
+from inplace.schema.standalone import Owner, Selection, format_selection, select_view
 from torch import Tensor
 
 SLOTS = "slots"
 """The placeholder that holds the slot of each row."""
-
-
-class Owner(StrEnum):
-    """Who owns the memory of a state."""
-
-    CALLER = "caller"
-    """An input that the module mutates: the caller's tensor is bound."""
-    MODULE = "module"
-    """A buffer that the module mutates: the engine owns it."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion without one, as OpenAI has it."""
 
 
-class FrontEnd:
+class Application:
     """The routes over some servers and models.
 
     Args:
@@ -342,7 +342,7 @@ def create_app(
     limits, worker = limits or Limits(), worker or Worker()
     in_flight = worker.running("requests")
     metrics = Metrics(in_flight)
-    front_end = FrontEnd(replicas, models, limits, metrics, worker.secret)
+    front_end = Application(replicas, models, limits, metrics, worker.secret)
     gate = Middleware(
         Gate, keys=keys, limits=limits, metrics=metrics, in_flight=in_flight, hosts=hosts
     )

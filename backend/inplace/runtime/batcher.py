@@ -239,7 +239,7 @@ def _inputs(
         rows: the rows of the step.
         sampling_params: of each row.
         adjusted: the rows whose scores are adjusted.
-        columns: by role, the inputs that say where tokens lie.
+        columns: by role, the inputs with the places of tokens.
         packed: by role, what makes the inputs with an entry for each token.
     """
     greedy = all(params is GREEDY for params in sampling_params)

@@ -340,7 +340,7 @@ class ModelInstance(Admission):
         """Undo a request that cannot be finished: restore its sequence, or end it.
 
         Returns:
-            Whether it was restored, and what the client is told to do.
+            Whether it was restored, and the advice to the client.
         """
         request = active.request
         if not request.start and not request.end and self.restore(active):

@@ -20,7 +20,7 @@ SequenceId = int | str
 
 
 MAX_RECLAIMED_IDS = 4096
-"""Reclaimed ids that are remembered, so that a late client is told why its sequence is gone."""
+"""Reclaimed ids that are remembered, so that a late client gets the reason."""
 
 
 RECLAIM_INTERVAL, MAX_RECLAIM_DELAY = 0.05, 3600.0
@@ -235,7 +235,7 @@ class SlotTable:
         self._free = list(range(num_slots - 1, -1, -1))
         self._live: OrderedDict[SequenceId, SequenceState] = OrderedDict()  # longest idle first
         self._reclaimed: OrderedDict[SequenceId, float] = OrderedDict()  # seconds they were idle
-        self._left: OrderedDict[SequenceId, RequestError] = OrderedDict()  # what clients are told
+        self._left: OrderedDict[SequenceId, RequestError] = OrderedDict()  # what their requests get
 
     def __len__(self) -> int:
         """The number of live sequences."""

@@ -365,7 +365,7 @@ def _without_memory(error: Exception) -> SnapshotError:
 
 
 def _ignore(sequence: SequenceState) -> None:
-    """No driver is told."""
+    """Without a driver, nothing follows."""
 
 
 def _ignore_nothing() -> None:

@@ -1,7 +1,7 @@
 """Which instance of a model gets a new sequence: the one with most free slots.
 
 Where prefixes are reused, it is the one that has the longest beginning of the prompt, unless that
-one is much fuller. Each instance says in shared memory how many slots are free, and which blocks of
+one is much fuller. Each instance publishes in shared memory how many slots are free, and which blocks of
 tokens its sequences begin with. The others get that memory with the first byte of a connection.
 """
 
@@ -61,7 +61,7 @@ def _known(memory: mmap.mmap, blocks: Sequence[bytes]) -> int:
 
 
 class SlotBoard:
-    """Memory in which an instance says what its slots have, as long as it runs."""
+    """Memory in which an instance publishes what its slots have, as long as it runs."""
 
     def __init__(self) -> None:
         self._file = os.memfd_create("inplace-slots")
@@ -69,11 +69,11 @@ class SlotBoard:
         self._memory = mmap.mmap(self._file, SIZE)
 
     def write(self, free: int) -> None:
-        """Say how many."""
+        """Publish the number of free slots."""
         WORD.pack_into(self._memory, 0, free)
 
     def add(self, salt: bytes, tokens: Sequence[int]) -> None:
-        """Say that a slot has, or is about to have, these tokens; a hint, which may be outdated."""
+        """Publish that a slot has, or is about to have, these tokens; a hint, which may be outdated."""
         for block in prefix_blocks(salt, tokens):
             place = _place(block)
             self._memory[place : place + BLOCK] = block[:BLOCK]
@@ -115,7 +115,7 @@ class SlotReader:
 
 
 class Candidate(Protocol):
-    """Another instance."""
+    """An instance that may get a new sequence."""
 
     @property
     def free_slots(self) -> int:

@@ -49,7 +49,7 @@ CLOSE_TIMEOUT = 1.0
 
 
 NOT_KNOWN = -(1 << 31)
-"""Free slots of an instance that has not said yet how many it has."""
+"""Free slots of an instance that has not reported them yet."""
 
 
 RECEIVE_BYTES = 1 << 20

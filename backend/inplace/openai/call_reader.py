@@ -130,8 +130,8 @@ class CallReader:
         place = self._text.find(opening)
         if place < 0:
             sizes = range(len(opening) - 1, 0, -1)
-            held = next((n for n in sizes if self._text.endswith(opening[:n])), 0)
-            place = len(self._text) - held
+            kept_back = next((n for n in sizes if self._text.endswith(opening[:n])), 0)
+            place = len(self._text) - kept_back
             self._add_content(len(self._text[:place].rstrip(SPACES)))
             return False
         self._add_content(len(self._text[:place].rstrip(SPACES)))

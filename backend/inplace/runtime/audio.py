@@ -172,12 +172,12 @@ def read_option(spec: TensorSpec, parameters: Mapping[str, Parameter]) -> Tensor
 
 
 def cut_stream(
-    held: Tensor, new: Tensor, chunk: int, *, ends: bool
+    buffered: Tensor, new: Tensor, chunk: int, *, ends: bool
 ) -> tuple[list[tuple[Tensor, int]], Tensor]:
     """Cut what a stream has not fed yet into chunks.
 
     Args:
-        held: samples from before, fewer than a chunk.
+        buffered: samples from before, fewer than a chunk.
         new: those of a request.
         chunk: samples of a chunk.
         ends: the stream ends: what is left is a chunk too, with zeros behind it.
@@ -186,7 +186,7 @@ def cut_stream(
         Chunks ``[chunk]``, each with the number of its valid samples; and the samples that are
         left.
     """
-    samples = torch.cat([held, new])
+    samples = torch.cat([buffered, new])
     whole = len(samples) // chunk * chunk
     chunks = [(samples[begin : begin + chunk], chunk) for begin in range(0, whole, chunk)]
     rest = samples[whole:]

@@ -85,7 +85,7 @@ class ScheduleProgress:
         chunks: of a stream, the inputs of further runs of the schedule.
         start_positions: `SequenceState.positions` when the request was admitted.
         start_audio: `SequenceState.audio` then.
-        saved: what its sequence's states held then, as far as taking its calls back needs them;
+        saved: the values of its sequence's states then, as far as taking its calls back needs them;
             None if they cannot be taken back.
     """
 

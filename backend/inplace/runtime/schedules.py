@@ -188,12 +188,12 @@ class ScheduledInstance(ModelInstance):
     def _cut(self, stream: TensorSpec, active: ActiveRequest, progress: ScheduleProgress) -> None:
         """Cut a stream into chunks. A request that completes none has its answer at once."""
         sequence, new, (chunk,) = active.sequence, active.inputs[stream.name], stream.shape
-        held, ends = sequence.audio, active.request.end
-        if held is None:
-            held = torch.zeros(stream.lead or 0)
+        buffered, ends = sequence.audio, active.request.end
+        if buffered is None:
+            buffered = torch.zeros(stream.lead or 0)
             ends = ends and len(new) > 0  # a stream without a sample has no chunk
         assert stream.length_input is not None
-        chunks, sequence.audio = cut_stream(held, new, chunk, ends=ends)
+        chunks, sequence.audio = cut_stream(buffered, new, chunk, ends=ends)
         for samples, length in chunks:
             given = {stream.name: samples, stream.length_input: count_tensor(length)}
             progress.chunks.append({**active.inputs, **given})

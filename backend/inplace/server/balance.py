@@ -1,8 +1,9 @@
 """Which instance of a model gets a new sequence: the one with most free slots.
 
 Where prefixes are reused, it is the one that has the longest beginning of the prompt, unless that
-one is much fuller. Each instance publishes in shared memory how many slots are free, and which blocks of
-tokens its sequences begin with. The others get that memory with the first byte of a connection.
+one is much fuller. Each instance publishes in shared memory how many slots are free, and which
+blocks of tokens its sequences begin with. The others get that memory with the first byte of a
+connection.
 """
 
 import mmap
@@ -73,7 +74,7 @@ class SlotBoard:
         WORD.pack_into(self._memory, 0, free)
 
     def add(self, salt: bytes, tokens: Sequence[int]) -> None:
-        """Publish that a slot has, or is about to have, these tokens; a hint, which may be outdated."""
+        """Publish that a slot has these tokens, or is about to; a hint, which may be outdated."""
         for block in prefix_blocks(salt, tokens):
             place = _place(block)
             self._memory[place : place + BLOCK] = block[:BLOCK]

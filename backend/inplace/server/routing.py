@@ -353,7 +353,7 @@ class _Offer:
         target: the instance that has it now; None for this one.
         errors: why others have declined it.
         settled: it was admitted, or is refused by all.
-        held: later requests of its sequence, which follow it.
+        queued: later requests of its sequence, which follow it.
     """
 
     arrival: Arrival
@@ -361,7 +361,7 @@ class _Offer:
     target: Peer | None
     errors: list[tuple[Peer | None, RequestError]] = field(default_factory=list)
     settled: bool = False
-    held: list[Arrival] = field(default_factory=list)
+    queued: list[Arrival] = field(default_factory=list)
 
     @property
     def request(self) -> Request:
@@ -440,7 +440,7 @@ class StreamRouter(_Router):
         request, texts, channel = arrival
         with self._lock:
             if (offer := self._offers.get(request.sequence_id)) is not None:
-                offer.held.append(arrival)
+                offer.queued.append(arrival)
                 return None
             peer = self._routes.get(request.sequence_id)
             if not request.start:
@@ -477,7 +477,7 @@ class StreamRouter(_Router):
     # Offers. They are called on threads of drivers and connections, and act on our own.
 
     def settle(self, offer: _Offer, *, refused: bool = False) -> None:
-        """An instance has a START, or refuses it for good: what is held may follow."""
+        """An instance has a START, or refuses it for good: queued requests may follow."""
         if offer.settled:
             return
         offer.settled = True
@@ -528,27 +528,27 @@ class StreamRouter(_Router):
         self._follow(offer)
 
     def _follow(self, offer: _Offer) -> None:
-        """Route the requests that were held behind a START."""
+        """Route the requests that are queued behind a START."""
         sequence_id = offer.request.sequence_id
         while True:
             with self._lock:
                 if self._offers.get(sequence_id) is not offer:
                     return  # it was settled twice, at the same time
-                if not offer.held:
+                if not offer.queued:
                     del self._offers[sequence_id]
                     return
-                arrival = offer.held.pop(0)
+                arrival = offer.queued.pop(0)
                 if arrival[0].start:
                     del self._offers[sequence_id]
-                routed = self._route_held(arrival)
+                routed = self._route_queued(arrival)
                 if (following := self._offers[sequence_id]) is not offer:
-                    following.held += offer.held
+                    following.queued += offer.queued
             if routed is not None:
                 self._driver.submit([routed])
             if following is not offer:
                 return
 
-    def _route_held(self, arrival: Arrival) -> Arrival | None:
+    def _route_queued(self, arrival: Arrival) -> Arrival | None:
         """Route a request of a sequence whose START is settled."""
         request, _, channel = arrival
         if request.start:

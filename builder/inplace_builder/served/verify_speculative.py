@@ -215,7 +215,7 @@ class _Rounds:
         rows = [active for active in rows if active.sequence.length < capacity]
         before = {name: tensor.clone() for name, tensor in self._arena.tensors.items()}
         starts = [active.sequence.length for active in rows]
-        held = [
+        begins = [
             active.sequence.positions.get(DRAFT, start)
             for active, start in zip(rows, starts, strict=True)
         ]
@@ -227,7 +227,7 @@ class _Rounds:
                 self._compare(active, outputs)
         for spec in self._manifest.states:
             allowed, now = before[spec.name], self._arena.tensors[spec.name]
-            for active, start, begin in zip(rows, starts, held, strict=True):
+            for active, start, begin in zip(rows, starts, begins, strict=True):
                 slot = active.sequence.slot
                 end = min(capacity, start + size)
                 for old, new in written_parts(

@@ -149,8 +149,8 @@ def _digest_weights(captures: Sequence[Capture]) -> str:
     """
     digest, seen = sha256(), dict[tuple[object, ...], bytes]()
     for capture in captures:
-        held = {**capture.exported.state_dict, **capture.exported.constants}
-        for name, tensor in sorted(held.items()):
+        tensors = {**capture.exported.state_dict, **capture.exported.constants}
+        for name, tensor in sorted(tensors.items()):
             if not isinstance(tensor, Tensor):
                 continue
             place = (

@@ -167,7 +167,7 @@ class _ModuleCall:
         own += [*module.parameters(), *module.buffers()]
         buffers = dict(module.named_buffers())
         versions = [tensor._version for tensor in own]
-        held = {
+        memory = {
             name: (tensor.detach(), tensor)
             for name, tensor in [*module.named_parameters(), *buffers.items()]
         }
@@ -187,7 +187,7 @@ class _ModuleCall:
             }
             late = [name for name, _ in module.named_buffers() if name not in buffers]
             after |= {name: [module.get_buffer(name)] for name in late}
-            moved = [name for name, pair in held.items() if _is_moved(*pair)]
+            moved = [name for name, pair in memory.items() if _is_moved(*pair)]
         first = _named_leaves(module, *given)
         self.inputs = {
             place: leaf for place, leaf in enumerate(first) if isinstance(leaf[1], Tensor)
@@ -580,8 +580,8 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
             attributes[path] = value
         elif depth < MAX_DEPTH and id(value) not in seen:
             seen.add(id(value))
-            for name, held in _held(value):
-                collect(f"{path}.{name}", held, depth + 1)
+            for name, part in _contents(value):
+                collect(f"{path}.{name}", part, depth + 1)
 
     for prefix, part in module.named_modules():
         for name, value in vars(part).items():
@@ -597,12 +597,12 @@ def holder_of(module: nn.Module, path: str) -> Any:
         if isinstance(holder, nn.Module) and name in holder._modules:
             holder = holder._modules[name]
         else:
-            held = vars(holder) if isinstance(holder, nn.Module) else dict(_held(holder))
-            holder = held.get(name)
+            parts = vars(holder) if isinstance(holder, nn.Module) else dict(_contents(holder))
+            holder = parts.get(name)
     return holder
 
 
-def _held(value: Any) -> list[tuple[str, Any]]:
+def _contents(value: Any) -> list[tuple[str, Any]]:
     """What an object, a list or a dictionary holds, by name."""
     if isinstance(value, list | tuple):
         return [(str(place), each) for place, each in enumerate(value)]

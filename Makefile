@@ -87,8 +87,8 @@ build/clients/installed: requirements-clients.lock .venv/installed
 	@build/clients/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-clients.lock
 	@touch $@
 
-clients: build/clients/installed ## lm-eval, litellm and aiperf with the OpenAI front end
-	@$(BIN)/python -m pytest -q -m long tests/long/test_openai_clients.py
+clients: build/clients/installed ## lm-eval, litellm, aiperf and a browser with the OpenAI front end
+	@$(BIN)/python -m pytest -q -m long tests/long/test_openai_clients.py tests/long/test_chat_page.py
 
 build/bin/helm:
 	@command -v go >/dev/null || { echo "error: helm is built with Go, which is not installed" >&2; exit 1; }

@@ -304,7 +304,7 @@ def test_an_http_request_with_an_id_that_is_no_text_fails_alone(
 
     def bad() -> tuple[int, bytes]:
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, body), timeout=20) as page:
+            with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as page:
                 return 200, page.read()
         except urllib.error.HTTPError as error:
             with error:

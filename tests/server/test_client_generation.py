@@ -240,7 +240,7 @@ def test_a_server_that_hangs_is_left_after_the_timeout(
             process.suspend()
 
     try:
-        with open_sequence(adapter, pair.urls, timeout=2.5) as sequence:
+        with open_sequence(adapter, pair.urls, timeout=5.0) as sequence:
             assert sequence.server == first.grpc_url
             assert (
                 collect(adapter, sequence.generate(ids, 200, ignore_eos=True), 20, stop)[0]

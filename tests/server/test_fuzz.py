@@ -53,7 +53,7 @@ def _batch_of_none(url: str) -> None:
     )
     request.inputs[0].shape[:] = [0, 65]
     with grpc.insecure_channel(url) as channel, pytest.raises(grpc.RpcError) as refused:
-        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=10)
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=60)
     assert "batch size 65 for 'llama_0_0', max allowed is 8" in str(refused.value)
 
 
@@ -68,5 +68,5 @@ def _bytes_that_wrap(url: str) -> None:
     )
     request.inputs[0].shape[:] = [1, 2**61]
     with grpc.insecure_channel(url) as channel, pytest.raises(grpc.RpcError) as refused:
-        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=10)
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=60)
     assert "Stub process 'llama_0_0' is not healthy" in str(refused.value)

@@ -295,7 +295,7 @@ def test_http_infer_is_refused_by_triton(served: Served) -> None:
         "parameters": {"sequence_id": 1},
     }
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=20)
+        urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60)
     with refused.value as page:
         assert page.code == 501
 

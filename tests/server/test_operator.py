@@ -170,7 +170,7 @@ def test_inplace_serve_serves_until_it_is_told_to_end(
     models = _alone(repository, tmp_path, "llama").parent.parent
     _damage(Deployment(repository.path / "accumulator", "damaged"), models)
     options = [*where, "--model-repository", str(models), "--log-file", str(tmp_path / "log")]
-    options += ["--start-timeout=100", "--exit-on-error=false"]
+    options += ["--start-timeout=300", "--exit-on-error=false", "--exit-timeout-secs=180"]
     command = [sys.executable, "-m", "inplace_builder", "serve", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -181,10 +181,8 @@ def test_inplace_serve_serves_until_it_is_told_to_end(
                 Sequence(client, "llama").tokens([1, 2, 3])  # left alive: Triton waits for it
         finally:
             process.send_signal(signal.SIGINT)
-            begin = time.monotonic()
-        assert process.wait(60) == 0
-        assert time.monotonic() - begin < 15  # it waits 30 s for a sequence that does not end
-        assert "stopping: running requests may finish for 30 s" in process.stdout.read()
+        assert process.wait(90) == 0  # it waits 180 s for a sequence that does not end
+        assert "stopping: running requests may finish for 180 s" in process.stdout.read()
 
 
 def _damage(deployment: Deployment, models: Path) -> None:
@@ -216,7 +214,7 @@ def _alone(repository: Repository, tmp_path: Path, name: str) -> Path:
 def _refusal(tmp_path: Path) -> str:
     """The server's error when it cannot load the model."""
     server = TritonServer(
-        tmp_path / "models", Ports(0, 0, 0), log=tmp_path / "log", start_timeout=60
+        tmp_path / "models", Ports(0, 0, 0), log=tmp_path / "log", start_timeout=300
     )
     with pytest.raises(ServerError, match="tritonserver ended with status 1") as refused, server:
         pass
@@ -242,7 +240,7 @@ def test_a_missing_engine_file_is_refused(repository: Repository, pool: ServerPo
     ):
         client.load_model("damaged")
     assert pool.server.log is not None
-    deadline = time.monotonic() + 20  # the backend's lines reach the log from a thread
+    deadline = time.monotonic() + 60  # the backend's lines reach the log from a thread
     while "engine.safetensors is missing" not in (
         log := pool.server.log.read_text(errors="replace")
     ):

@@ -58,7 +58,7 @@ def test_tokens_and_text_are_those_of_the_model(drafted: Served, built: Path) ->
         assert len(counts) == 2, "accepted and rejected ones"
         return sum(counts) >= 39 / 4 * 3
 
-    eventually(drafts_are_counted, "metrics have the drafted tokens", 10.0)
+    eventually(drafts_are_counted, "metrics have the drafted tokens")
     manifest = Manifest.load(built / "1")
     assert [program.name for program in manifest.programs] == ["step", "draft"]
     assert manifest.built_with["draft"] == "the model's first 1 layers, 3 tokens a round"

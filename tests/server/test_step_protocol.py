@@ -158,7 +158,7 @@ def test_a_full_table_answers_at_once_and_can_be_retried(client: InferenceServer
             late.tokens([1])
         seconds.append(time.monotonic() - begin)
         assert refused.value.status() == "StatusCode.UNAVAILABLE"
-    assert min(seconds) < 0.1
+    assert min(seconds) < BRIEF_IDLE / 4  # no other slot was reclaimed for it
     owned[0].close()
     late.tokens([1])
     late.close()
@@ -169,9 +169,9 @@ def test_an_idle_slot_is_reclaimed(client: InferenceServerClient, server: Triton
     owned = [Sequence(client, "brief", id=11 + n) for n in range(BRIEF_SLOTS)]
     for sequence in owned:
         sequence.tokens([1, 2, 3])
-    time.sleep(0.55 * BRIEF_IDLE)
-    owned[0].tokens([4])  # its clock starts again
-    time.sleep(0.55 * BRIEF_IDLE)
+    for _ in range(8):
+        time.sleep(0.15 * BRIEF_IDLE)
+        owned[0].tokens([4])  # its clock starts again
     with Sequence(client, "brief", id=13) as late:
         late.tokens([1])
         owned[0].tokens([5])

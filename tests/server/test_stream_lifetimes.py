@@ -152,7 +152,7 @@ def test_a_stream_that_only_stops_asking_hears_its_generation_out(tellers: Telle
 
 def test_an_http_client_that_disconnects_frees_its_slot_at_once(tellers: Tellers) -> None:
     connection = http.client.HTTPConnection(
-        tellers.server.host, tellers.server.ports.http, timeout=30
+        tellers.server.host, tellers.server.ports.http, timeout=60
     )
     body = json.dumps(
         {"text": "The License", "max_tokens": ENDLESS, "ignore_eos": True, "stream": True}
@@ -330,7 +330,10 @@ def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(
 ) -> None:
     one = tellers.repository.parent / "one"
     shutil.copytree(tellers.repository / "teller", one / "teller")
-    with TritonServer(one, Ports(0, 0, 0), log=one.parent / "one.log") as server:
+    arguments = ["--exit-timeout-secs=120"]
+    with TritonServer(
+        one, Ports(0, 0, 0), log=one.parent / "one.log", arguments=arguments
+    ) as server:
         assert server.process is not None
         with (
             GrpcStream(server.grpc_url, "teller") as talk,
@@ -344,7 +347,6 @@ def test_a_server_told_to_end_serves_its_generations_until_they_have_ended(
                     "is stopping" in late.request("late", PROMPT, 5, start=True, end=True).error
                 ),
                 "it refuses",
-                10.0,
             )
             generated.tokens += talk.collect(10).tokens
             assert late.request("running", [], end=True) == Output([], "step")
@@ -375,7 +377,7 @@ def test_the_processes_of_a_killed_server_end_with_it_in_the_middle_of_their_gen
         assert server.process is not None
         kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
-        _, stayed = psutil.wait_procs(left, timeout=10.0)
+        _, stayed = psutil.wait_procs(left, timeout=60.0)
         for process in stayed:
             process.kill()
         assert not stayed
@@ -411,7 +413,7 @@ def test_a_proxy_whose_process_hangs_is_not_alive(tellers: Tellers) -> None:
     proxy = psutil.Process(stub(tellers.server, "teller_generate"))
     proxy.suspend()
     try:
-        result = failures(tellers.server.grpc_url, timeout=3.0)
+        result = failures(tellers.server.grpc_url, timeout=6.0)
     finally:
         proxy.kill()
     assert "teller_generate" in result

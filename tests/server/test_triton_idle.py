@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import psutil
 import pytest
 from inplace.client import NO_RETRY, Client, Sequence
 from inplace_builder.tools.tritonserver import TritonServer
 from support.engines import Engines
-from support.faults import idle_after
+from support.faults import idle_after, stub
 from support.generating import (
     ENDLESS,
     PROMPT,
@@ -31,9 +32,12 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 pytestmark = pytest.mark.server
 
-SLOTS, IDLE = 2, 0.6
-LONG = 4 * IDLE
-"""Seconds, about, that a generation of as many tokens as `Forgetting.solo` takes."""
+SLOTS, IDLE = 2, 0.8
+LONG = 3 * IDLE
+"""Processor seconds, about, of a generation of as many tokens as `Forgetting.solo`.
+
+It takes no less, however busy the machine was when they were counted.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,9 @@ def forgetting(engines: Engines, pool: ServerPool) -> Iterator[Forgetting]:
     with pool.serve(Deployment(model, "hasty", hasten)) as server:
         with GrpcStream(server.grpc_url, "hasty") as talk:
             talk.send("solo", PROMPT, ENDLESS, start=True, end=True)
-            begin, solo = time.monotonic(), talk.collect(1).tokens
-            while time.monotonic() - begin < LONG:
+            process = psutil.Process(stub(server, "hasty"))
+            begin, solo = process.cpu_times().user, talk.collect(1).tokens
+            while process.cpu_times().user - begin < LONG:
                 solo += talk.collect(1).tokens
         assert solo[:300] == greedy(llama, PROMPT, 300)[: len(solo)]
         yield Forgetting(server, llama, solo)
@@ -89,7 +94,7 @@ def test_a_generation_that_outlasts_it_says_all_and_a_start_with_key_and_positio
         generated = talk.request(
             sequence, PROMPT, len(forgetting.solo), start=True, sequence_key="mine"
         )
-        assert time.monotonic() - begin > 2 * IDLE
+        assert time.monotonic() - begin > 1.5 * IDLE
         assert generated == Output(forgetting.solo, "length")
         history = PROMPT + generated.tokens
         for end in (False, True):

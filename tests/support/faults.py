@@ -47,7 +47,7 @@ def add(
     *,
     start: bool = False,
     end: bool = False,
-    timeout: float = 30.0,
+    timeout: float = 60.0,
     **parameters: str | int | bool,
 ) -> Answer:
     """One unary request."""
@@ -95,7 +95,7 @@ class Stream:
             parameters=parameters or None,
         )
 
-    def receive(self, timeout: float = 30.0) -> Answer:
+    def receive(self, timeout: float = 60.0) -> Answer:
         """The next answer. Raises queue.Empty where none comes."""
         result, error = self._answers.get(timeout=timeout)
         if result is None:

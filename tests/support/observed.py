@@ -55,7 +55,7 @@ def failing() -> Capture:
 def samples(server: TritonServer) -> Iterator[tuple[str, dict[str, str], float]]:
     """Name, labels and value of each time series in a server's metrics."""
     url = f"http://127.0.0.1:{server.ports.metrics}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         page = answer.read().decode()
     for name, written, value in SAMPLE.findall(page):
         yield name, dict(LABEL.findall(written)), float(value)
@@ -93,7 +93,7 @@ class Observed:
 
     def settled(self, model: str, expected: Found, instance: str = "_0_0") -> Found:
         """The numbers, once they are as expected; they are handed over once a second."""
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 60.0
         while True:
             result = self.numbers(model, instance)
             if (
@@ -111,11 +111,11 @@ class Observed:
         return [match[1] + match[2] for line in lines if (match := written.fullmatch(line))]
 
     def lines(self, model: str, pattern: str, least: int) -> list[str]:
-        """Lines of `log` that match, once there are so many, or after 10 s.
+        """Lines of `log` that match, once there are so many, or after a minute.
 
         A thread of the backend writes them.
         """
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 60.0
         while True:
             result = [line for line in self.log(model) if re.fullmatch(pattern, line)]
             if len(result) >= least or time.monotonic() > deadline:

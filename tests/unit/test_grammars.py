@@ -297,5 +297,5 @@ def test_the_processes_end_with_the_compiler() -> None:
     assert ended._process.poll() is not None
     assert children[0].is_running(), "a generation still has it"
     matcher.close()
-    _, left = psutil.wait_procs(children, timeout=10)
+    _, left = psutil.wait_procs(children, timeout=60)
     assert left == []

@@ -60,7 +60,7 @@ def test_a_stub_that_holds_the_gil_ends_when_its_server_is_killed() -> None:
         assert stub.is_running()
         assert watchdog.memory_info().rss < 20 << 20
         os.kill(server.pid, signal.SIGKILL)
-        _, stayed = psutil.wait_procs([stub, watchdog], timeout=20.0)
+        _, stayed = psutil.wait_procs([stub, watchdog], timeout=60.0)
         assert not stayed
 
 
@@ -94,10 +94,10 @@ def test_the_shared_memory_of_a_killed_server_is_removed(seconds: str) -> None:
             running = psutil.Process(watchdog)
             if seconds == "0":
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    psutil.Process(stub).wait(20)
+                    psutil.Process(stub).wait(60)
                 assert shared.exists()  # the server may still remove it itself
             os.kill(server.pid, signal.SIGKILL)
-        running.wait(20)
+        running.wait(60)
         assert not shared.exists()
         assert foreign.exists()
     finally:
@@ -111,9 +111,9 @@ def test_the_watchdog_of_a_stub_that_ends_by_itself_ends_with_it() -> None:
     ) as server:
         assert server.stdout is not None
         _, watchdog = server.stdout.readline().split()
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
         with contextlib.suppress(psutil.NoSuchProcess):  # already
-            psutil.Process(int(watchdog)).wait(20)
+            psutil.Process(int(watchdog)).wait(60)
 
 
 def test_a_watchdog_that_cannot_be_started_is_logged(

@@ -65,7 +65,7 @@ def test_steps_tokens_and_sequences_are_counted(llama: StepDriver) -> None:
         2 + 1 + 1 + 2 + 2 + 1,
     )
     assert metrics[QUEUE.count.name, ""] == 7
-    assert 0 < metrics[STEP.sum.name, ""] < 10
+    assert metrics[STEP.sum.name, ""] > 0
 
 
 def test_the_queue_time_is_the_time_until_admission(llama: StepDriver) -> None:
@@ -73,7 +73,7 @@ def test_the_queue_time_is_the_time_until_admission(llama: StepDriver) -> None:
     time.sleep(0.03)
     llama.run([late])
     assert snapshot(llama)[QUEUE.buckets.name, "0.02"] == 0
-    assert 0.03 <= snapshot(llama)[QUEUE.sum.name, ""] < 5
+    assert snapshot(llama)[QUEUE.sum.name, ""] >= 0.03
 
 
 def test_a_failed_step_counts_no_tokens_and_logs_one_line_with_its_requests(
@@ -144,7 +144,7 @@ def test_idle_sequences_are_counted_and_logged(
     caplog.set_level(logging.INFO, logger="inplace")
     driver = drive(repository.path / "brief", idle_timeout=0.2)
     driver.run([step_request("x y", [1, 2], start=True)])
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     while snapshot(driver)["inplace_slots_free", ""] < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)

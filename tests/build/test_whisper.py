@@ -33,6 +33,7 @@ from support.whisper import (
     generated,
     save_whisper,
     tiny_whisper,
+    whisper_engine,
     whisper_tokenizer,
 )
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
@@ -60,10 +61,8 @@ def model() -> WhisperForConditionalGeneration:
 
 
 @pytest.fixture(scope="module")
-def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("built") / "whisper"
-    build_model(source, path, OPTIONS)
-    return path / "1"
+def folder(engines: Engines) -> Path:
+    return whisper_engine(engines) / "1"
 
 
 @pytest.fixture

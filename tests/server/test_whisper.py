@@ -13,7 +13,6 @@ import pytest
 import soundfile
 from inplace.client import Client, RefusedError, Sequence
 from inplace.openai import Frontend, Limits
-from inplace_builder import BuildOptions, build_model
 from inplace_builder.__main__ import app
 from inplace_builder.tools.tritonserver import TritonServer
 from support.engines import Engines
@@ -23,12 +22,11 @@ from support.pool import Deployment, ServerPool
 from support.whisper import (
     RATE,
     SECONDS,
-    SOURCE,
     Samples,
     audio,
     generated,
-    save_whisper,
     tiny_whisper,
+    whisper_engine,
     whisper_tokenizer,
 )
 from transformers import WhisperForConditionalGeneration
@@ -45,13 +43,8 @@ def model() -> WhisperForConditionalGeneration:
 
 
 @pytest.fixture(scope="module")
-def server(
-    pool: ServerPool, engines: Engines, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TritonServer]:
-    source = engines.get(SOURCE, save_whisper)
-    folder = tmp_path_factory.mktemp("whisper") / MODEL
-    build_model(source, folder, BuildOptions(slots=CLIENTS, max_rows=CLIENTS, serve="stream"))
-    with pool.serve(Deployment(folder)) as running:
+def server(pool: ServerPool, engines: Engines) -> Iterator[TritonServer]:
+    with pool.serve(Deployment(whisper_engine(engines))) as running:
         yield running
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from inplace_builder import BuildOptions, build_model
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from support.engines import Engines
 from support.models import VOCABULARY
 from support.vocabulary import tiny_tokenizer
 
@@ -114,6 +116,16 @@ def save_whisper(folder: Path) -> None:
     tiny_whisper().save_pretrained(folder)
     extractor().save_pretrained(folder)
     whisper_tokenizer().save_pretrained(folder)
+
+
+def whisper_engine(engines: Engines) -> Path:
+    """A stream model of `tiny_whisper` with four slots."""
+    source = engines.get(SOURCE, save_whisper)
+    options = BuildOptions(slots=4, max_rows=4, serve="stream")
+    path = engines.get(
+        "whisper-engine", lambda folder: build_model(source, folder / "whisper", options)
+    )
+    return path / "whisper"
 
 
 def audio(number: int, seconds: float = SECONDS) -> Samples:

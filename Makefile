@@ -1,6 +1,6 @@
 # `make help` says what each target does. Every target makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-long check format sync-client tables models docs lock bench perf whisper soak rolling fuzz soak-openai clients chart gpu clean
+.PHONY: help demo test pytest test-fast test-long check check-code check-generated format sync-client tables models docs lock bench perf whisper soak rolling fuzz soak-openai clients chart gpu clean
 BIN := .venv/bin
 # Each process of the tests would compile all test files again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -17,7 +17,10 @@ help: ## this list
 demo: .venv/installed ## `inplace serve` of SmolLM2-135M, a chat of two turns over OpenAI's protocol, shut down
 	@$(BIN)/python examples/demo.py
 
-test: .venv/installed check ## every kind of test, the real model and the real server included
+test: .venv/installed ## every kind of test, the real model and the real server included, and `check`
+	@$(MAKE) --no-print-directory -j3 check-code check-generated pytest
+
+pytest: .venv/installed
 	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: .venv/installed ## without servers, the real model and slow builds, for the loop while working
@@ -27,7 +30,12 @@ test-long: .venv/installed ## what `make test` has a few cases of: 1900 random m
 	@$(BIN)/python -m pytest $(PARALLEL) --timeout=3600 -m long
 
 check: .venv/installed ## ruff, mypy --strict, the layers of imports, generated files
+	@$(MAKE) --no-print-directory -j2 check-code check-generated
+
+check-code: .venv/installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
+
+check-generated: .venv/installed
 	@$(BIN)/python tools/unasync.py --check && $(BIN)/python tools/parameter_table.py --check
 	@$(BIN)/python tools/operators.py --check && PYTHONPATH=tests/long $(BIN)/python -m decoders.page --check
 

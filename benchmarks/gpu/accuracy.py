@@ -25,6 +25,7 @@ from inplace.runtime.instance import ModelInstance
 from inplace.runtime.requests import Request
 from inplace.schema.specs import Dtype
 from inplace_builder import capture_decoder, load_decoder
+from inplace_builder.capture.cache_scales import rounding_cache
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import decoder_options
 from inplace_builder.served.model_config import MODEL_VERSION
@@ -141,7 +142,9 @@ def references(
 def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Tensor:
     """What the model, alone with the prompt, thinks of each of the tokens' places."""
     ids = torch.tensor([prompt + tokens], device=model.device)
-    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    cache = rounding_cache(model)
+    out = model(ids, use_cache=cache is not None, past_key_values=cache)
+    logits = out.logits[0, len(prompt) - 1 : -1].float()
     assert isinstance(logits, Tensor)
     return logits
 

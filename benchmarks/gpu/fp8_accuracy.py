@@ -1,12 +1,13 @@
-"""SmolLM2-135M-Instruct with its real weights rounded to fp8, against transformers in float32.
+"""SmolLM2-135M-Instruct with weights or cache in fp8, against transformers in float32.
 
-    python -m benchmarks.gpu.fp8_accuracy --device cpu --alone 1 [--tokens 32]
+    python -m benchmarks.gpu.fp8_accuracy --device cpu --alone 1 [--rounded cache] [--tokens 32]
 
 As `benchmarks.gpu.accuracy`, whose prompts, runs and rules it has, but for what excuses a token: it
 may differ from the float32 reference's only where the reference's top two are closer than the error
-of PyTorch with fp8 weights. On a GPU that rounds all activations to fp8 too, and the engine those
-of long steps, as ADR 0050 says; on a CPU neither does. It also counts how many tokens of PyTorch
-with fp8 weights are those of the reference, which is what fp8 costs.
+of PyTorch with the same fp8. Weights: on a GPU that rounds all activations to fp8 too, and the
+engine those of long steps, as ADR 0050 says; on a CPU neither does. Cache: it attends to keys and
+values that are rounded as the engine rounds them (ADR 0053). It also counts how many tokens of
+PyTorch with fp8 are those of the reference, which is what fp8 costs.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from inplace.runtime.instance import ModelInstance
 from inplace.schema.specs import Dtype
 from inplace_builder import capture_decoder, load_decoder
+from inplace_builder.capture.cache_scales import quantize_cache
 from inplace_builder.capture.scaled_linear import round_all
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import decoder_options
@@ -44,12 +46,13 @@ from benchmarks.record import facts
 
 
 def main() -> None:
-    """Build, run, compare, write ``fp8_accuracy_<device>.json``.
+    """Build, run, compare, write ``fp8_accuracy_<device>.json`` or ``fp8_cache_accuracy_….json``.
 
     Returns status 1 if a token differs that may not, or memory changes that may not.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--rounded", choices=("weights", "cache"), default="weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--alone", type=int, default=len(PROMPTS), help="prompts run alone too")
@@ -58,7 +61,8 @@ def main() -> None:
     source, device = smollm2(), arguments.device
     options = BuildOptions(
         dtype=Dtype(arguments.dtype),
-        weights="fp8",
+        weights="fp8" if arguments.rounded == "weights" else "auto",
+        cache="fp8" if arguments.rounded == "cache" else "auto",
         device=device,
         engine="torch" if device == "cpu" else "tensorrt",
         slots=SLOTS,
@@ -71,7 +75,10 @@ def main() -> None:
     full, tokenizer = load_decoder(source, Dtype.FLOAT32)
     assert tokenizer is not None
     rounded = halved(full) if options.dtype is Dtype.BFLOAT16 else copy.deepcopy(full)
-    weights = round_all(rounded, options.weight_options)  # as a build does
+    if arguments.rounded == "weights":  # as a build does
+        how = round_all(rounded, options.weight_options)
+    else:
+        how = quantize_cache(rounded, source, tokenizer, options.capacity)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "smollm2"
         stage("capture the graph")
@@ -90,14 +97,14 @@ def main() -> None:
     stage("done")
     errors = [error for each in expected for error in each.errors]
     result = facts(
-        "greedy tokens of an engine with weights in fp8 against the float32 reference",
+        f"greedy tokens of an engine with {arguments.rounded} in fp8 against the float32 reference",
         "python -m benchmarks.gpu.fp8_accuracy",
     ) | {
         "model": "SmolLM2-135M-Instruct",
-        "weights": weights,
+        arguments.rounded: how,
         "dtype": str(options.dtype),
         "device": device,
-        "reference": "transformers, float32, weights that are not rounded",
+        "reference": f"transformers, float32, {arguments.rounded} not rounded",
         "verified_error": manifest.built_with["verified_error"],
         "tokens": arguments.tokens,
         "pytorch_fp8_equal": sum(each.eager_half for each in expected),
@@ -110,7 +117,8 @@ def main() -> None:
         "foreign_states_changed": changed,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"fp8_accuracy_{device}.json"
+    of = "" if arguments.rounded == "weights" else "_cache"
+    path = arguments.out / f"fp8{of}_accuracy_{device}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     if moved or changed or any(each.unexcused for each in (*alone, *together)):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from inplace import __version__
@@ -21,7 +21,15 @@ from inplace.errors import InplaceError
 from rich.console import Console
 from rich.text import Text
 
-from inplace_builder.choices import Device, EngineChoice, Mechanism, Precision, Protocol, Weights
+from inplace_builder.choices import (
+    Cache,
+    Device,
+    EngineChoice,
+    Mechanism,
+    Precision,
+    Protocol,
+    Weights,
+)
 from inplace_builder.errors import BuildError
 
 if TYPE_CHECKING:
@@ -89,6 +97,13 @@ def build(
         typer.Option(
             help="fp8: those of linear layers are 8-bit floats with scales, the head's are not; "
             "dequantized: none are; auto: as dequantized."
+        ),
+    ] = "auto",
+    cache: Annotated[
+        Cache,
+        typer.Option(
+            help="fp8: cached keys and values are 8-bit floats with a scale for each layer and "
+            "head, half the bytes of bfloat16; auto: they have the type of --dtype."
         ),
     ] = "auto",
     device: Annotated[
@@ -228,6 +243,7 @@ def build(
         build_options = BuildOptions(
             dtype=Dtype(dtype),
             weights=weights,
+            cache=cache,
             device=device or ("cpu" if kind == "torch" else "cuda"),
             engine=kind,
             alias=alias,
@@ -429,6 +445,11 @@ def serve(
 
             check_plain(arguments)
     with _errors("serve", "builder"):
+        if str(cache) in get_args(Cache):
+            raise BuildError(
+                f"--cache {cache} names a folder of built models here; for keys and values in fp8 "
+                f"call `inplace build MODEL --cache fp8`, and serve that --model-repository"
+            )
         snapshots = _snapshots(snapshot_store, snapshot_secret_file, snapshot_every)
         if snapshots is not None and model is None:
             raise BuildError(

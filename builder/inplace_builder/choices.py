@@ -27,6 +27,9 @@ Mechanism = Literal["plugin", "kv_cache_update", "copy"]
 Weights = Literal["auto", "fp8", "dequantized"]
 """Whether weights of linear layers are 8-bit floats; auto: as dequantized."""
 
+Cache = Literal["auto", "fp8"]
+"""Element type of cached keys and values; auto: that of the weights and other states."""
+
 
 @dataclass(frozen=True)
 class WeightOptions:

@@ -160,7 +160,7 @@ def test_scales_of_an_8_bit_cache_are_named(
     assert notes == {
         "cache": "keys and values are cached in float32, not in 8 bits: "
         "['model.layers.1.self_attn.k_scale', 'model.layers.1.self_attn.v_scale'] (2 scales in "
-        "all) are not used"
+        "all) are not used; cache fp8 uses them"
     }
 
 

@@ -202,6 +202,15 @@ def test_an_unknown_dtype_is_refused_with_the_choices() -> None:
     assert "bfloat16" in err
 
 
+def test_an_unknown_cache_is_refused_and_serving_takes_a_folder() -> None:
+    status, _, err = inplace("build", ".", "--output", "m", "--cache", "int8")
+    assert status == 2
+    assert "'fp8'" in err
+    status, _, err = inplace("serve", ".", "--cache", "fp8")
+    assert status == 1
+    assert "call `inplace build MODEL --cache fp8`, and serve that --model-repository" in err
+
+
 COMMAND = Path(sys.executable).with_name("inplace")
 
 

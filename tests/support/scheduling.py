@@ -29,6 +29,7 @@ APART = {
     "build/test_random_modules",
     "gpu/test_decoders",
     "gpu/test_float8",
+    "gpu/test_float8_cache",
     "gpu/test_grouped_linear",
     "gpu/test_kernels",
     "gpu/test_linear",

@@ -293,8 +293,8 @@ class StateSpec(Record):
         fill: the value that a fresh slot holds, if it is the same everywhere.
         initial: the name of the tensor of `INITIAL_FILE` with what a fresh slot holds; None for
             ``fill``.
-        scale: of a quantized state: the name of the state or tensor with its scales. Reserved:
-            this version loads no engine that has one.
+        scale: the name of the state with the scales of this one. Reserved: this version loads no
+            engine that has one. Constant scales are a part of the graph.
         reset: whether a slot is refilled when a sequence starts. False only if the program
             provably never reads what the sequence has not written itself.
     """

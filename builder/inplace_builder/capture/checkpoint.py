@@ -162,7 +162,7 @@ def load_weights(
     if scales := [key for key in unexpected if key.endswith(CACHE_SCALES)]:
         notes["cache"] = (
             f"keys and values are cached in {dtype}, not in 8 bits: {scales[:2]} ({len(scales)} "
-            f"scales in all) are not used"
+            f"scales in all) are not used; cache fp8 uses them"
         )
     zeros = stored.zero_biases if stored is not None else frozenset()
     ignored = (*_RECOMPUTED_KEYS, *CACHE_SCALES)

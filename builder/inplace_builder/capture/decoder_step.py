@@ -9,6 +9,7 @@ from inplace.operators import sample_with_options
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from inplace_builder.capture.cache_scales import cache_scales
 from inplace_builder.capture.decoder import prompt_logprobs
 from inplace_builder.capture.recurrent import CONV, RECURRENT
 from inplace_builder.capture.reference import cache_argument
@@ -169,6 +170,7 @@ class DecoderStep(torch.nn.Module):
             self.masks,
             self.rings,
             self.scores,
+            {} if (scales := cache_scales(self.model)) is None else scales.by_layer(),
         )
         cache = SlotCache(positions, self.num_layers, layer_states, self.call.own_attention)
         out = run_packed(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from inplace_builder.capture.cache_length import CacheLengthError
+from inplace_builder.capture.cache_scales import CacheScales, cache_scales
 from inplace_builder.capture.capture import Capture, complete_program
 from inplace_builder.capture.checkpoint import check_positions, quiet
 from inplace_builder.capture.decoder import (
@@ -109,6 +110,8 @@ def capture_decoder(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     try:
         return _capture_packed(model, options)
     except BuildError as reason:
+        if cache_scales(model) is not None:  # what it keeps is then not known to be keys and values
+            raise
         try:
             fields = references(model, as_fed=False)
             return capture_token_steps(model, options, fields, str(reason))
@@ -139,7 +142,11 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         layers, call = _see_layers(
             model, options.capacity, StepCall(with_mask=False, own_attention=own_attention)
         )
-        caches = _layer_caches(layers, Dtype.of(model.dtype))
+        scales = cache_scales(model)
+        if scales is not None:
+            _check_scaled(model, layers, scales, own_attention=own_attention is not None)
+        dtype = Dtype.of(model.dtype) if scales is None else Dtype.FLOAT8_E4M3FN
+        caches = _layer_caches(layers, dtype)
         states = (
             *cache_states(caches, options),
             *_index_states(layers, Dtype.of(model.dtype), options),
@@ -464,6 +471,28 @@ def _layer_caches(layers: SeenLayers, dtype: Dtype) -> dict[int, LayerCache]:
         index: LayerCache(*layer.key, layer.value[1], dtype, layer.mask.reach)
         for index, layer in sorted(layers.by_layer.items())
     }
+
+
+def _check_scaled(
+    model: PreTrainedModel, layers: SeenLayers, scales: CacheScales, *, own_attention: bool
+) -> None:
+    """BuildError if some layer cannot keep its keys and values as 8-bit floats."""
+    known, count = scales.by_layer(), num_layers(model.config.get_text_config(decoder=True))
+    reasons = []
+    if own_attention:
+        reasons.append("attends in code of its own, which may change keys that it has cached")
+    for index, layer in layers.by_layer.items():
+        if not layer.value[1]:
+            reasons.append(f"caches latents (layer {index}), of which it makes keys and values")
+        elif index not in known:
+            reasons.append(f"caches keys or values of layer {index % count} twice")
+        elif {len(each) for each in known[index]} != {layer.key[0], layer.value[0]}:
+            reasons.append(f"caches other keys in layer {index} than transformers' cache gets")
+    if reasons:
+        raise BuildError(
+            f"cache is fp8, and {type(model).__name__} {reasons[0]}: only keys and values that a "
+            f"layer caches as it attends to them can be 8-bit floats; leave cache out"
+        )
 
 
 def _check_layers(

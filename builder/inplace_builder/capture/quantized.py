@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def read_quantized(
 
 def _read_integers(folder: Path, form: IntegerFormat, dtype: torch.dtype) -> DequantizedWeights:
     """Read a checkpoint of GPTQ or AWQ; layers that it left as they are keep their weights."""
-    stored = dict(_read_weights(folder))
+    stored = dict(read_weights(folder))
     layers = quantized_layers(stored)
     if not layers:
         raise BuildError(
@@ -214,7 +214,7 @@ def read_fp8(
     Raises:
         BuildError: a weight has no scales, or scales that do not fit it.
     """
-    stored = dict(_read_weights(folder))
+    stored = dict(read_weights(folder))
     block = _block_size(quantization(config) or {})
     result: dict[str, Tensor] = {}
     scaled: dict[str, ScaledWeight] = {}
@@ -329,10 +329,23 @@ def _block_size(fields: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _all_names(_: str) -> bool:
+    return True
+
+
+def read_weights(
+    folder: Path, wanted: Callable[[str], bool] = _all_names
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint: of the files that its index names, or of its one file.
 
     AutoGPTQ named the file after the quantization: ``gptq_model-4bit-128g.safetensors``.
+
+    Args:
+        folder: with the files.
+        wanted: whether a tensor of this name is to be read.
+
+    Raises:
+        BuildError: there are no such files.
     """
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     own = others if len(others) == 1 else []
@@ -349,10 +362,11 @@ def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         for path in files:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118 (it is no dictionary)
+                    for key in filter(wanted, opened.keys()):
                         yield key, opened.get_tensor(key)
             else:
-                yield from torch.load(path, map_location="cpu", weights_only=True).items()
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+                yield from (each for each in tensors.items() if wanted(each[0]))
         return
     raise BuildError(
         f"{folder} holds neither model.safetensors nor pytorch_model.bin, nor an index"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from inplace_builder.capture.cache_scales import cache_scales, rounding_cache
 from inplace_builder.capture.capture import Reference
 from inplace_builder.capture.decoder import TOKEN_IDS
 from inplace_builder.capture.model_memory import memory_argument, positions_argument
@@ -26,13 +27,14 @@ THRESHOLD_NAMES = ("window", "chunk", "floor_scale", "original_max_position", "l
 def references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
     """The fields of a capture that say what it is verified against, and how far.
 
-    The model is the reference in its own type and, if that rounds, in float32.
+    The model is the reference in its own type and, if that or its cache rounds, in float32 with a
+    cache that does not.
     """
     config = model.config.get_text_config(decoder=True)
     rounds = model.dtype in (torch.float16, torch.bfloat16)
 
     def float32_reference() -> Reference:
-        return reference(float32_copy(model), as_fed=as_fed)
+        return reference(float32_copy(model), as_fed=as_fed, rounds_cache=False)
 
     def perturbed_reference(seed: int) -> Reference:
         run = reference(model, as_fed=as_fed)
@@ -45,19 +47,22 @@ def references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
 
     return {
         "reference": reference(model, as_fed=as_fed),
-        "float32_reference": float32_reference if rounds else None,
+        "float32_reference": (
+            float32_reference if rounds or cache_scales(model) is not None else None
+        ),
         "perturbed_reference": perturbed_reference if rounds else None,
         "thresholds": frozenset([*_thresholds(config.to_dict()), *sparse_limits(config)]),
     }
 
 
-def reference(model: PreTrainedModel, *, as_fed: bool) -> Reference:
+def reference(model: PreTrainedModel, *, as_fed: bool, rounds_cache: bool = True) -> Reference:
     """The model on one sequence.
 
     Args:
         model: the model.
         as_fed: feed the tokens of each request together, because tokens that are fed together see
             each other; else as few times as possible.
+        rounds_cache: round keys and values as the engine does, if it caches them in fp8.
     """
 
     def run(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -65,7 +70,8 @@ def reference(model: PreTrainedModel, *, as_fed: bool) -> Reference:
         if not as_fed:
             parts = list(torch.cat(parts).split(REFERENCE_CHUNK))
         with torch.no_grad():
-            logits = _last_logits(model, parts).float().cpu()
+            cache = rounding_cache(model) if rounds_cache else None
+            logits = _last_logits(model, parts, cache).float().cpu()
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
     return run
@@ -93,7 +99,7 @@ def embeddings_rounded_otherwise(model: PreTrainedModel, seed: int) -> Iterator[
         handle.remove()
 
 
-def _last_logits(model: PreTrainedModel, parts: Sequence[Tensor]) -> Tensor:
+def _last_logits(model: PreTrainedModel, parts: Sequence[Tensor], cache: Any) -> Tensor:
     """The scores ``[vocab_size]`` of the last token, as ``generate`` has them.
 
     Positions are passed where the model takes them. Without, a RoBERTa counts from the index of its
@@ -102,9 +108,9 @@ def _last_logits(model: PreTrainedModel, parts: Sequence[Tensor]) -> Tensor:
     Args:
         model: the model.
         parts: token ids ``[tokens]`` that are fed together, of one sequence.
+        cache: what to keep keys and values in; None for the model's own choice.
     """
-    cache: Any = None
-    use_cache = len(parts) > 1
+    use_cache = len(parts) > 1 or cache is not None
     name = cache_argument(model)
     parameters = inspect.signature(model.forward).parameters
     positions = torch.arange(sum(map(len, parts)), device=model.device)

@@ -41,6 +41,7 @@ class LayerStates:
         masks: for each layer that attends what a token may see.
         rings: for each of them whether its states are rings.
         scores: how each of them computes them; used where attention is the model's own.
+        scales: the scales of keys and values of layers whose states are 8-bit floats.
     """
 
     keys: Mapping[int, Tensor]
@@ -53,6 +54,7 @@ class LayerStates:
     masks: Mapping[int, MaskOptions]
     rings: Mapping[int, bool]
     scores: Mapping[int, Scores]
+    scales: Mapping[int, tuple[Tensor, Tensor]]
 
     def attend(
         self,
@@ -74,6 +76,7 @@ class LayerStates:
         of the key.
         """
         mask = self.masks[layer]
+        key_scale, value_scale = self.scales.get(layer, (None, None))
         return attention(
             query,
             key,
@@ -92,6 +95,8 @@ class LayerStates:
             latent_dim=latent_dim,
             sinks=sinks,
             bias=bias,
+            key_scale=key_scale,
+            value_scale=value_scale,
         )
 
 

@@ -6,6 +6,7 @@ from inplace.drivers.detokenizer import TOKENIZER_FOLDER
 from inplace.schema.served import Manifest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from inplace_builder.capture.cache_scales import quantize_cache
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.checkpoint import check_checkpoint, load_model, load_tokenizer
 from inplace_builder.capture.decoder import DecoderOptions
@@ -48,9 +49,12 @@ def build_decoder(
         stage("load the model")
         tokenizer, tokenizer_note = load_tokenizer(source)
         model, notes = load_model(source, options.dtype, config, options.weight_options)
+        if options.cache == "fp8":
+            stage("find the scales of keys and values")
+            notes["cache"] = quantize_cache(model, source, tokenizer, options.capacity)
     capture: Capture | SpeculativeCapture
     if options.has_draft:
-        draft, name = load_draft(model, options)
+        draft, name = load_draft(model, options, tokenizer)
         stage("capture the graphs of model and draft")
         limits, tokens = decoder_options(options), options.tokens_per_round - 1
         capture = capture_speculative(model, draft, limits, tokens)
@@ -76,8 +80,15 @@ def build_decoder(
     )
 
 
-def load_draft(model: PreTrainedModel, options: BuildOptions) -> tuple[PreTrainedModel, str]:
+def load_draft(
+    model: PreTrainedModel, options: BuildOptions, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, str]:
     """Load what drafts tokens for a model.
+
+    Args:
+        model: the model.
+        options: what to build for.
+        tokenizer: the model's, which is the draft's too.
 
     Returns:
         The draft, and what the manifest calls it.
@@ -92,6 +103,8 @@ def load_draft(model: PreTrainedModel, options: BuildOptions) -> tuple[PreTraine
     source = Path(options.draft)
     config = check_checkpoint(source, options.capacity)
     draft, _ = load_model(source, options.dtype, config, options.weight_options)
+    if options.cache == "fp8":
+        quantize_cache(draft, source, tokenizer, options.capacity)
     return draft, locate_model(source).name
 
 

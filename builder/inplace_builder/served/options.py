@@ -8,7 +8,14 @@ import torch
 from inplace.schema.snapshots import SnapshotOptions
 from inplace.schema.specs import AliasKind, Dtype
 
-from inplace_builder.choices import Device, EngineKind, Protocol, WeightOptions, Weights
+from inplace_builder.choices import (
+    Cache,
+    Device,
+    EngineKind,
+    Protocol,
+    WeightOptions,
+    Weights,
+)
 from inplace_builder.errors import BuildError
 
 DTYPES = {
@@ -42,6 +49,8 @@ class BuildOptions:
         weights: whether weights of a decoder's linear layers, but for its head, are 8-bit floats
             (e4m3 with scales): ``fp8``, as the checkpoint has them or rounded;
             ``dequantized``: they are not; ``auto``: as ``dequantized``.
+        cache: whether keys and values of a decoder are cached as 8-bit floats (e4m3) with a scale
+            for each layer and head: ``fp8``; ``auto``: in ``dtype``.
         device: ``cpu`` or ``cuda``.
         slots: sequences that can live at the same time.
         max_rows: most sequences in one step (the server's max_batch_size), at most ``slots``.
@@ -105,6 +114,7 @@ class BuildOptions:
     draft_tokens: int | None = None
     gpus: tuple[int, ...] = ()
     weights: Weights = "auto"
+    cache: Cache = "auto"
     snapshots: SnapshotOptions | None = None
 
     def __post_init__(self) -> None:
@@ -150,7 +160,12 @@ class BuildOptions:
         return 1 + (self.draft_tokens or DRAFT_TOKENS) if self.has_draft else 1
 
     def check_no_fp8(self, source: Path, model_type: str) -> None:
-        """BuildError if weights are to be 8-bit floats, which only those of decoders become."""
+        """BuildError if weights or caches are to be 8-bit floats, as only those of decoders are."""
+        if self.cache == "fp8":
+            raise BuildError(
+                f"cache is fp8; {source} holds a {model_type!r} model, whose states are not "
+                f"rounded: leave it out"
+            )
         if self.weights == "fp8":
             raise BuildError(
                 f"weights is fp8; {source} holds a {model_type!r} model, whose weights are not "
@@ -267,10 +282,17 @@ class BuildOptions:
             raise BuildError(
                 f"weights is {self.weights!r}; choose one of {list(get_args(Weights))}"
             )
-        if self.weights == "fp8" and self.engine == "tensorrt_rtx":
+        if self.cache not in get_args(Cache):
+            raise BuildError(f"cache is {self.cache!r}; choose one of {list(get_args(Cache))}")
+        for name in ("weights", "cache"):
+            if getattr(self, name) == "fp8" and self.engine == "tensorrt_rtx":
+                raise BuildError(
+                    f"{name} fp8 needs the plugins of TensorRT, which TensorRT for RTX does not "
+                    f"take; choose engine tensorrt or torch, or leave {name} out"
+                )
+        if self.cache == "fp8" and self.alias not in (None, "plugin"):
             raise BuildError(
-                "weights fp8 needs the plugins of TensorRT, which TensorRT for RTX does not take; "
-                "choose engine tensorrt or torch, or leave weights out"
+                f"cache fp8 needs the mechanism plugin, and alias is {self.alias}: leave one out"
             )
         if self.engine not in get_args(EngineKind):
             raise BuildError(

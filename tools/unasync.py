@@ -27,6 +27,7 @@ REPLACEMENTS = [
     (r"\bawait ", ""),
     (r"\bAsync(Client|Sequence|Generation|Connections|Stream|Iterator)\b", r"\1"),
     (r"\basync_retrying\b", "retrying"),
+    (r"\basyncio\.sleep\b", "time.sleep"),
     (r"\basynccontextmanager\b", "contextmanager"),
     (r"\b__a(enter|exit|iter|next)__\b", r"__\1__"),
     (r"\bStopAsyncIteration\b", "StopIteration"),

@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from inplace.client import Client, Sequence, SequenceLostError
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.options import BuildOptions
 from inplace_builder.tools.tritonserver import Ports, TritonServer
@@ -187,6 +189,64 @@ def test_one_instance_killed_the_sequences_of_the_other_go_on_and_new_ones_are_s
         new = [ask(number, 1.0, start=True, end=True) for number in range(20, 30)]
         assert (1.0, 1) in new, new
         assert all(each == (1.0, 1) or "not healthy" in str(each) for each in new), new
+
+
+def test_a_client_goes_on_by_itself_when_one_of_two_instances_is_killed(
+    engines: Engines, accumulators: Path, tmp_path: Path
+) -> None:
+    """Triton leaves an id, and the lowest free place, with the dead instance; the client mends it.
+
+    What runs there gets no response: the client waits for its timeout.
+    """
+    llama, model = long_stream(engines, SLOTS)
+    (tmp_path / "repository").mkdir()
+    for deployment in (
+        Deployment(accumulators / "pair", "pair_killed", _two_patient),
+        Deployment(model, "text_killed", _two_patient),
+    ):
+        deployment.copy_to(tmp_path / "repository")
+    value = {"value": np.ones(4, np.float32)}
+    with (
+        TritonServer(tmp_path / "repository", Ports(0, 0, 0), log=tmp_path / "log") as server,
+        Client(server.grpc_url) as client,
+    ):
+        chats = [Sequence(client, "text_killed", timeout=5.0) for _ in range(INSTANCES)]
+        histories = [prompt(seed, 9) for seed in range(INSTANCES)]
+        running = []
+        for chat, history in zip(chats, histories, strict=True):
+            generation = chat.generate(history, 12, text=False, ignore_eos=True)
+            running.append((generation, iter(generation)))
+            next(running[-1][1])
+        sums = [Sequence(client, "pair_killed", timeout=5.0) for _ in range(INSTANCES)]
+        for each in sums:
+            assert each.step(value)["values"].tolist() == [1]
+        for name in ("text_killed", "pair_killed"):
+            kill(stubs(server, name)[0], signal.SIGKILL)
+
+        for chat, history, (generation, rest) in zip(chats, histories, running, strict=True):
+            list(rest)
+            assert generation.tokens == greedy(llama, history, 12)
+            history += [*generation.tokens, 7]
+            again = chat.generate([7], 6, text=False, ignore_eos=True)
+            list(again)
+            assert again.tokens == greedy(llama, history, 6)
+            chat.close()
+
+        lost = 0
+        for each in sums:
+            try:
+                assert each.step(value)["values"].tolist() == [2]
+            except SequenceLostError:
+                lost += 1
+            each.close()
+        assert lost == 1
+        for _ in range(6):
+            with Sequence(client, "pair_killed", timeout=5.0) as new:
+                assert [new.step(value)["values"].tolist() for _ in range(3)] == [[1], [2], [3]]
+            with Sequence(client, "text_killed", timeout=5.0) as new:
+                said = new.generate(histories[0], 3, text=False, ignore_eos=True)
+                list(said)
+                assert said.tokens == greedy(llama, histories[0], 3)
 
 
 def test_stored_sequences_are_restored_in_the_instances_with_free_slots(

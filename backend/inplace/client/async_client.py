@@ -4,6 +4,7 @@ Source of sync_client.py, which tools/unasync.py writes: edit this file, then ru
 sync-client`.
 """
 
+import asyncio
 import secrets
 import time
 from collections import abc
@@ -53,6 +54,11 @@ SERVER_FULL = (Code.NO_FREE_SLOT, Code.QUEUE_FULL)
 END_ATTEMPTS, END_DELAY = 4, 1.0
 """How often the END of a sequence that may be stored is sent at most, or once to each server; and
 the longest delay between two tries, in seconds."""
+
+
+RELEASE_DELAY, MAX_TAKEN = 0.1, 16
+"""Seconds that Triton is given to free a place after an END; and how many places of an instance
+that has died a client takes at once. Each costs the second after which Triton gives it up."""
 
 
 class AsyncClient:
@@ -383,9 +389,13 @@ class AsyncSequence:
         except ClientError:
             raise
         except InferenceServerException as error:
+            server = self._server
             mapped = self._map_error(error, request, partial)
             if isinstance(mapped, UnreachableError):
                 await self._close_stream(cancel=True)
+            stays = request is not None and not request.end and self._server == server
+            if mapped.process_died and stays:
+                await self._release()
             raise mapped from None
         except BaseException:
             self._tracker.interrupted(request)
@@ -404,6 +414,49 @@ class AsyncSequence:
         if gone or (mapped.code in SERVER_FULL and not self._tracker.live):
             self._move()
         return mapped
+
+    async def _release(self) -> None:
+        """Let Triton give the sequence to another instance: the process of its own has ended.
+
+        Triton sends every START of an id to the same instance until an END, and then the next START
+        to the free place with the lowest number, which is that instance's again. So STARTs of ids
+        that nobody uses take places, until one was the dead instance's, where it stays, and one an
+        other's, which it leaves.
+        """
+        with suppress(InferenceServerException):
+            model = await self._client.model(self._server, self.model, self.timeout)
+            await self._ask(self._tracker.release_request(model), model)
+            await asyncio.sleep(RELEASE_DELAY)
+            dead, ends = 0, list[InferRequest]()
+            while dead + len(ends) < MAX_TAKEN and not (dead and ends):
+                start, end = self._tracker.stranger_requests(model)
+                error = await self._ask(start, model)
+                if error is not None and error.process_died:
+                    dead += 1
+                else:
+                    ends.append(end)
+            for end in ends:
+                await self._ask(end, model)
+        await self._close_stream()
+
+    async def _ask(self, request: InferRequest, model: ModelMetadata) -> ClientError | None:
+        """Send a request that is no part of the sequence; returns the error, if it has one."""
+        try:
+            if model.decoupled:
+                if self._stream is None:
+                    connections = self._client._connections
+                    self._stream = connections.open_stream(self._server, request.headers)
+                self._stream.send(request, self.model)
+                await self._stream.receive(request, self.timeout)
+            else:
+                await self._client.connection(self._server).infer(
+                    **request.arguments(self.model),
+                    headers=request.headers,
+                    client_timeout=self.timeout,
+                )
+        except InferenceServerException as error:
+            return parse_error(error, request.sequence_id, request.request_id)
+        return None
 
     def _move(self) -> None:
         if not self._tracker.movable:

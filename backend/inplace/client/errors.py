@@ -18,8 +18,12 @@ _NO_ANSWER = {"DEADLINE_EXCEEDED", "UNAVAILABLE", "CANCELLED", "UNKNOWN"}
 """gRPC statuses that leave open what the server did with the request."""
 
 
+_PROCESS_DIED = re.compile(r"[Ss]tub process .*is not healthy")
+"""Triton's text about an instance whose process has ended."""
+
+
 _SERVER_GONE = re.compile(
-    r"[Ss]tub process .*is not healthy|Server is stopping|has no available versions|is not ready"
+    rf"{_PROCESS_DIED.pattern}|Server is stopping|has no available versions|is not ready"
     r"|Internal error from Core|RST_STREAM"
 )
 """Texts of errors without a status: Triton's about a model that is no longer served,
@@ -63,6 +67,11 @@ class ClientError(InplaceError, InferenceServerException):  # type: ignore[misc]
     def from_backend(self) -> bool:
         """Whether the backend sent it; otherwise Triton or the connection raised it."""
         return "INPLACE-" in (self.message() or "")
+
+    @property
+    def process_died(self) -> bool:
+        """Whether Triton has sent the request to an instance whose process has ended."""
+        return not self.from_backend and _PROCESS_DIED.search(self.message() or "") is not None
 
     def as_sequence_lost(self, reason: str) -> "SequenceLostError":
         """The same error for a sequence that cannot be replayed, with the reason for that."""

@@ -472,6 +472,20 @@ class SequenceTracker:
         end = SequenceRequest(inputs, end=True, parameters={POSITION: INVALID_POSITION})
         return self._infer_request(end, model, None, start=start)
 
+    def release_request(self, model: ModelMetadata) -> InferRequest:
+        """The END with which Triton forgets a sequence of an instance whose process has ended.
+
+        Without START: a sequence that another instance has is not ended.
+        """
+        return replace(self.end_request(model), start=False)
+
+    def stranger_requests(self, model: ModelMetadata) -> tuple[InferRequest, InferRequest]:
+        """START and END of an id that nobody uses, to the same server."""
+        end = replace(
+            self.release_request(model), sequence_id=secrets.randbits(63) or 1, parameters={}
+        )
+        return replace(end, start=True, end=False, request_id=secrets.token_hex(4)), end
+
     def _extended_history(self, segments: Sequence[Segment] = ()) -> list[Segment]:
         """A copy of the history with more segments."""
         history = [

@@ -54,6 +54,11 @@ END_ATTEMPTS, END_DELAY = 4, 1.0
 the longest delay between two tries, in seconds."""
 
 
+RELEASE_DELAY, MAX_TAKEN = 0.1, 16
+"""Seconds that Triton is given to free a place after an END; and how many places of an instance
+that has died a client takes at once. Each costs the second after which Triton gives it up."""
+
+
 class Client:
     """Servers that serve the same models. Thread-safe.
 
@@ -382,9 +387,13 @@ class Sequence:
         except ClientError:
             raise
         except InferenceServerException as error:
+            server = self._server
             mapped = self._map_error(error, request, partial)
             if isinstance(mapped, UnreachableError):
                 self._close_stream(cancel=True)
+            stays = request is not None and not request.end and self._server == server
+            if mapped.process_died and stays:
+                self._release()
             raise mapped from None
         except BaseException:
             self._tracker.interrupted(request)
@@ -403,6 +412,49 @@ class Sequence:
         if gone or (mapped.code in SERVER_FULL and not self._tracker.live):
             self._move()
         return mapped
+
+    def _release(self) -> None:
+        """Let Triton give the sequence to another instance: the process of its own has ended.
+
+        Triton sends every START of an id to the same instance until an END, and then the next START
+        to the free place with the lowest number, which is that instance's again. So STARTs of ids
+        that nobody uses take places, until one was the dead instance's, where it stays, and one an
+        other's, which it leaves.
+        """
+        with suppress(InferenceServerException):
+            model = self._client.model(self._server, self.model, self.timeout)
+            self._ask(self._tracker.release_request(model), model)
+            time.sleep(RELEASE_DELAY)
+            dead, ends = 0, list[InferRequest]()
+            while dead + len(ends) < MAX_TAKEN and not (dead and ends):
+                start, end = self._tracker.stranger_requests(model)
+                error = self._ask(start, model)
+                if error is not None and error.process_died:
+                    dead += 1
+                else:
+                    ends.append(end)
+            for end in ends:
+                self._ask(end, model)
+        self._close_stream()
+
+    def _ask(self, request: InferRequest, model: ModelMetadata) -> ClientError | None:
+        """Send a request that is no part of the sequence; returns the error, if it has one."""
+        try:
+            if model.decoupled:
+                if self._stream is None:
+                    connections = self._client._connections
+                    self._stream = connections.open_stream(self._server, request.headers)
+                self._stream.send(request, self.model)
+                self._stream.receive(request, self.timeout)
+            else:
+                self._client.connection(self._server).infer(
+                    **request.arguments(self.model),
+                    headers=request.headers,
+                    client_timeout=self.timeout,
+                )
+        except InferenceServerException as error:
+            return parse_error(error, request.sequence_id, request.request_id)
+        return None
 
     def _move(self) -> None:
         if not self._tracker.movable:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from support.copying import check_copy, feed, poison
 from support.decoding import SHAPE, generate_together, random_prompt
 from support.long import long_except
-from support.models import open_instance
+from support.models import accumulator, open_instance
 from support.plugin_decoders import TwoSequences
 from support.plugin_networks import tensorrt_with_plugins
 from support.storing import check_snapshot
@@ -362,6 +362,20 @@ def test_options_that_do_not_fit_are_refused() -> None:
         BuildOptions(cache="fp8", engine="tensorrt", device="cuda", alias="copy")
     with pytest.raises(BuildError, match="holds a 'whisper' model, whose states are not rounded"):
         OPTIONS.check_no_fp8(Path("model"), "whisper")
+
+
+def test_a_gpu_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    message = r"weights and cache fp8 needs a GPU of compute capability 8\.9 or later.* has 8\.0"
+    with pytest.raises(BuildError, match=message):
+        BuildOptions(device="cuda", engine="tensorrt", weights="fp8", cache="fp8")
+    BuildOptions(device="cuda", engine="tensorrt")
+
+
+def test_a_module_without_such_states_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"captured model has no states of 8-bit floats"):
+        write_engine(accumulator(), tmp_path / "model", replace(OPTIONS, slots=4, max_rows=4))
 
 
 def test_every_text_is_measured_in_the_models_own_tokens() -> None:

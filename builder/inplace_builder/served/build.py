@@ -12,6 +12,7 @@ from inplace.drivers.detokenizer import TOKENIZER_NAME
 from inplace.engines.gpus import full_float32
 from inplace.schema.schedule import DEFAULT_SCHEDULE
 from inplace.schema.served import FILE_NAME, Manifest
+from inplace.schema.specs import Dtype
 
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.drafted import SpeculativeCapture
@@ -69,6 +70,13 @@ def write_engine(
     output = Path(output)
     check_output(output, options)
     captures = _captures(capture)
+    if options.cache == "fp8" and not any(
+        state.dtype is Dtype.FLOAT8_E4M3FN for each in captures for state in each.states
+    ):
+        raise BuildError(
+            "cache is fp8, and the captured model has no states of 8-bit floats: build_decoder "
+            "makes such of the keys and values of a checkpoint; leave cache out"
+        )
     max_rows = max(each.program.max_rows for each in captures) // options.tokens_per_round
     if max_rows > options.slots:
         raise BuildError(

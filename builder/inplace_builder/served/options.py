@@ -33,6 +33,10 @@ DRAFT_TOKENS = 4
 """Tokens that a draft proposes in a round, where the options do not say."""
 
 
+FP8_CAPABILITY = (8, 9)
+"""The first compute capability (Ada, then Hopper) whose kernels have e4m3 in Triton's language."""
+
+
 FP8_ACTIVATION_ROWS = 65
 """Tokens of a step on a GPU from which on they become 8-bit floats, if weights are such.
 
@@ -289,6 +293,15 @@ class BuildOptions:
                 raise BuildError(
                     f"{name} fp8 needs the plugins of TensorRT, which TensorRT for RTX does not "
                     f"take; choose engine tensorrt or torch, or leave {name} out"
+                )
+        rounded = [name for name in ("weights", "cache") if getattr(self, name) == "fp8"]
+        if rounded and self.device == "cuda" and torch.cuda.is_available():
+            found = torch.cuda.get_device_capability()
+            if found < FP8_CAPABILITY:
+                raise BuildError(
+                    f"{' and '.join(rounded)} fp8 needs a GPU of compute capability "
+                    f"{'.'.join(map(str, FP8_CAPABILITY))} or later, and this one has "
+                    f"{'.'.join(map(str, found))}: leave it out, or build elsewhere"
                 )
         if self.cache == "fp8" and self.alias not in (None, "plugin"):
             raise BuildError(

@@ -108,7 +108,7 @@ def write_report(record: dict[str, Any], path: Path) -> None:
     """Write the report of a ``gpu_decode.json``.
 
     Raises:
-        ValueError: the record holds something that is no measurement.
+        ValueError: the record holds something that is not a measurement.
     """
     path.write_text(report(record))
 

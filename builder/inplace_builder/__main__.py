@@ -699,7 +699,7 @@ def _gpu_numbers(text: str) -> tuple[int, ...]:
     """The numbers of GPUs, separated by commas; none for ``all``.
 
     Raises:
-        BuildError: they are no numbers.
+        BuildError: they are not numbers.
     """
     from inplace_builder.errors import BuildError
 

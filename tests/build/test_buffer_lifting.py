@@ -180,7 +180,7 @@ def test_states_that_take_each_others_values_are_written_when_all_are_known() ->
         assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
         assert all(torch.equal(plain.get_buffer(name), module.get_buffer(name)) for name in "ab")
     assert result[0].data_ptr() != plain.get_buffer("a").data_ptr(), (
-        "what is returned is no state's own memory"
+        "what is returned is not a state's own memory"
     )
 
 

@@ -172,5 +172,5 @@ def test_the_text_part_of_a_larger_model_is_loaded_by_its_class(tmp_path: Path) 
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     change_config(tmp_path / "source", architectures=["Emu3VQVAE"])
-    with pytest.raises(BuildError, match="'emu3_text_model' model, which is no decoder"):
+    with pytest.raises(BuildError, match="'emu3_text_model' model, which is not a decoder"):
         load_decoder(tmp_path / "source", Dtype.FLOAT32)

@@ -144,10 +144,10 @@ def test_inspect_prints_everything_of_an_engine(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["build", "nowhere", "--output", "m"], "error: nowhere is no folder here"),
+        (["build", "nowhere", "--output", "m"], "error: nowhere is not a folder here"),
         (
             ["build", ".", "--output", "m"],
-            "error: . is no model: it holds neither config.json nor a GGUF file",
+            "error: . is not a model: it holds neither config.json nor a GGUF file",
         ),
         (
             ["build", ".", "--output", "m", "--slots", "0"],

@@ -280,9 +280,9 @@ REFUSED = [
         "not provably causal attention over its own cache: its sinks are computed from inputs "
         "or states",
     ),
-    (Remembering, r"state last is no cache of an attention, but read at .*self\.scores"),
+    (Remembering, r"state last is not a cache of an attention, but read at .*self\.scores"),
     (Two, "a decoder returns its scores alone, this module returns 2 outputs"),
-    (Floating, "input ids is no tensor of token ids: it indexes no embedding"),
+    (Floating, "input ids is not a tensor of token ids: it indexes no embedding"),
 ]
 
 
@@ -309,6 +309,6 @@ def test_a_capacity_beyond_the_proof_is_refused() -> None:
 
 def test_promises_name_inputs() -> None:
     with pytest.raises(
-        BuildError, match=r"assume_consecutive names \['position'\], which are no inputs"
+        BuildError, match=r"assume_consecutive names \['position'\], which are not inputs"
     ):
         capture(Plain(), assume_consecutive=["position"])

@@ -238,12 +238,12 @@ def test_what_cannot_be_rows_is_refused() -> None:
         capture_exported_rows(
             Attending(), RowOptions(4, positions="position", outputs=("a", "b")), examples
         )
-    with pytest.raises(BuildError, match=r"input x \(1, 4\) of torch.float32 is no position"):
+    with pytest.raises(BuildError, match=r"input x \(1, 4\) of torch.float32 is not a position"):
         capture_exported_rows(Attending(), RowOptions(4, positions="x"), examples)
 
 
 class Scaled(nn.Module):
-    """An argument that is no tensor."""
+    """An argument that is not a tensor."""
 
     total: Tensor
 
@@ -260,7 +260,7 @@ def test_arguments_that_are_no_tensors_are_printed(capsys: pytest.CaptureFixture
     arguments = (torch.zeros(1, 4), 3)
     capture = capture_exported_rows(Scaled(), RowOptions(4), arguments)
     assert [spec.name for spec in capture.program.inputs] == ["x", "slots"]
-    assert "argument step is 3 in every request: it is no tensor" in capsys.readouterr().err
+    assert "argument step is 3 in every request: it is not a tensor" in capsys.readouterr().err
     with pytest.raises(BuildError, match=r"positions names 'step'; .* are \['x'\]: give it an in"):
         capture_exported_rows(Scaled(), RowOptions(4, positions="step"), arguments)
 

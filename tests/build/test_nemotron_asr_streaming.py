@@ -97,7 +97,7 @@ def pairs(answer: dict[str, Tensor] | RequestError) -> Tokens:
 
 @pytest.mark.parametrize(("lookahead", "left"), [(0, 16), (1, 16), (3, 18), (6, 21), (13, 70)])
 def test_every_lookahead_gives_the_tokens_of_generate(lookahead: int, left: int) -> None:
-    """Also where attention looks back a number of frames that is no multiple of a chunk."""
+    """Also where attention looks back a number of frames that is not a multiple of a chunk."""
     model = tiny(left=left)
     whole = first_length(lookahead) + 8 * FACTOR * (lookahead + 1)
     for stream, length in enumerate((whole, whole - 1, whole + 5, 3)):

@@ -592,7 +592,7 @@ def test_what_does_not_fit_together_is_refused_with_the_reason() -> None:
     assert "runs add until 'sum'; its outputs of the role done are []" in refusal(both, until, read)
     endless = Call(program="add", until="sum")
     assert "needs an at_most, so that every request ends" in refusal(both, endless, read)
-    assert "names that are no ASCII identifiers" in refusal({"a b": adds(total)}, add)
+    assert "names that are not ASCII identifiers" in refusal({"a b": adds(total)}, add)
     counted = {"add": adds(total, positions="value"), "read": reads(total)}
     assert "counts its own calls in a buffer" in refusal(counted, add, read)
 

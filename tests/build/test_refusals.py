@@ -126,15 +126,15 @@ Source = Callable[[Path, Path], Path]
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        (t5, "holds a 't5' model, which is no decoder"),
-        (vit, "holds a 'vit' model, which is no decoder"),
+        (t5, "holds a 't5' model, which is not a decoder"),
+        (vit, "holds a 'vit' model, which is not a decoder"),
         (bert, "BertLMHeadModel is an encoder: is_decoder in its configuration is False"),
         (
             xlnet,
             "XLNetLMHeadModel has 2 layers, but 0 of them attend .*; nor can its own code take one "
             "token of each row a step: .* keeps nothing between two tokens",
         ),
-        (empty, "is no model: it holds neither config.json nor a GGUF file"),
+        (empty, "is not a model: it holds neither config.json nor a GGUF file"),
         (nonexistent, "nowhere does not exist"),
         (
             garbage,
@@ -145,9 +145,9 @@ Source = Callable[[Path, Path], Path]
         (no_weights, f"the weights in .* cannot be loaded: .*no file named {WEIGHTS}"),
         (truncated, "the weights in .* cannot be loaded: SafetensorError"),
         (other_shape, "the weights in .* cannot be loaded"),
-        (two_gguf_files, "is no model: it holds 2 GGUF files; name one"),
+        (two_gguf_files, "is not a model: it holds 2 GGUF files; name one"),
         (damaged_gguf, r"a\.gguf has no configuration that transformers can read"),
-        (weights_file, "is no model: it holds neither config.json nor a GGUF file"),
+        (weights_file, "is not a model: it holds neither config.json nor a GGUF file"),
         (tensor_left_out, r"lack \['model\.layers\.1\.mlp\.up_proj\.weight'\] \(1 in all\)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

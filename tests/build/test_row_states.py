@@ -114,7 +114,7 @@ def test_states_that_are_passed_in_and_returned_are_matched_by_shape(
     case = RowCase("returned", Returned, (1, 4), lambda: [torch.zeros(1, 8)])
     capture = check_rows(case, tmp_path)
     assert [state.name for state in capture.states] == ["hidden"]
-    assert len(capture.program.outputs) == 1, "the new state is no output"
+    assert len(capture.program.outputs) == 1, "the new state is not an output"
     assert "input hidden [1, 8] is a state, and output [1] is its new" in capsys.readouterr().err
 
 
@@ -446,7 +446,7 @@ def test_what_no_engine_can_keep_is_refused_by_name_and_line(module: Any, messag
 
 
 class Outside(nn.Module):
-    """Changes what is no part of it: no export sees that."""
+    """Changes what is not part of it: no export sees that."""
 
     total: Tensor
 
@@ -548,7 +548,7 @@ def test_a_state_that_clients_index_within_limits_is_never_full(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("states", "message"),
     [
-        ({"other": 1}, r"other is no input; the inputs are \['x', 'hidden'\]"),
+        ({"other": 1}, r"other is not an input; the inputs are \['x', 'hidden'\]"),
         ({"hidden": 2}, "there is no output 2"),
         ({"hidden": "new"}, "the module returns nothing named 'new'"),
         ({"x": 1}, r"state x of \[1, 4\] torch.float32 becomes output 1 of \[1, 8\] torch.float32"),

@@ -147,8 +147,8 @@ class Foreign(nn.Module):
     ("module", "why"),
     [
         (Part(), "it gets a part of a state"),
-        (Mixed(), "what it writes is no state, or something else writes it too"),
-        (Foreign(), "what it writes is no state"),
+        (Mixed(), "what it writes is not a state, or something else writes it too"),
+        (Foreign(), "what it writes is not a state"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -168,7 +168,7 @@ def test_what_an_operator_cannot_write_in_place_is_said_and_stays_correct(
 def test_what_cannot_be_declared() -> None:
     with pytest.raises(BuildError, match=r"testing\.nothing\.default writes none of its arguments"):
         declare_alias(torch.ops.testing.nothing.default)
-    with pytest.raises(BuildError, match=r"writes \['states'\], which are no single tensors"):
+    with pytest.raises(BuildError, match=r"writes \['states'\], which are not single tensors"):
         declare_alias(torch.ops.testing.several.default)
     with pytest.raises(BuildError, match="returns memory of an argument"):
         declare_alias(torch.ops.aten.add_.Tensor)

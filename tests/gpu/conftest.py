@@ -19,6 +19,6 @@ class _Failures:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have failures printed by the process that reports, which is no worker of xdist."""
+    """Have failures printed by the process that reports, which is not a worker of xdist."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Failures(config), "failures of the GPU")

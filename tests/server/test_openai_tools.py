@@ -159,7 +159,7 @@ def test_text_without_calls_is_what_the_model_says_without_tools(
     answer = client.chat.completions.create(**options).choices[0]
     assert answer.message.tool_calls is None
     assert answer.finish_reason == "length"
-    # a random model writes bytes that are no text; with tools, and here, it does not
+    # a random model writes bytes that are not text; with tools, and here, it does not
     text: Any = {"response_format": {"type": "regex", "regex": "(?s:.)*"}}
     none = client.chat.completions.create(**options, tool_choice="none", extra_body=text)
     if model == MISTRAL:  # whose chat template leaves tools out, so that both have one prompt

@@ -206,7 +206,7 @@ def test_a_body_of_very_many_chunks_ends_no_server(routed: Routed) -> None:
     block = b"1\r\n \r\n" * 1000
     for _ in routed.servers:
         answer = chunked(routed.envoy.http_url, (block for _ in range(700)))
-        assert answer[:12] in ("HTTP/1.1 400", "HTTP/1.1 500")  # Triton's own: spaces are no JSON
+        assert answer[:12] in ("HTTP/1.1 400", "HTTP/1.1 500")  # Triton's own: spaces are not JSON
     for server in routed.servers:
         assert server.process is not None and server.process.poll() is None
     test_every_request_of_a_sequence_reaches_its_replica(routed, "unary")

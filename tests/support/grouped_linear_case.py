@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
 def expert_ids(spec: GroupedLinearSpec, tokens: int, per_token: int, *, seed: int = 0) -> Tensor:
-    """Random ids, of which some are no expert's; every third expert has no token."""
+    """Random ids, of which some are not an expert's; every third expert has no token."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, spec.experts, (tokens, per_token), generator=generator)
     if spec.experts > 2:

@@ -94,12 +94,12 @@ def test_only_the_command_line_of_a_tritonserver_is_read(
     if is_server:
         assert CommandLine.of_process(7, tmp_path).value("grpc-port", "") == "9"
     else:
-        with pytest.raises(OSError, match=r"process 7 is no tritonserver: 'python3 app.py"):
+        with pytest.raises(OSError, match=r"process 7 is not a tritonserver: 'python3 app.py"):
             CommandLine.of_process(7, tmp_path)
 
 
 def test_without_a_command_line_no_endpoint_is_guessed() -> None:
-    assert ServerOptions.of_parent().target == ""  # the parent of a test is no tritonserver
+    assert ServerOptions.of_parent().target == ""  # the parent of a test is not a tritonserver
 
 
 @contextmanager

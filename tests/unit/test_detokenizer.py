@@ -144,7 +144,7 @@ def test_one_character_of_three_bytes_over_and_over() -> None:
 
 
 def test_any_tokens_at_all_are_text() -> None:
-    """A model may generate bytes that are no characters; nothing raises, no letter is lost."""
+    """A model may generate bytes that are not characters; nothing raises, no letter is lost."""
     tokenizer = byte_fallback()
     draw = random.Random(0)
     letters = {tokenizer.token_to_id(f"<0x{ord(letter):02X}>") for letter in "xyz"}

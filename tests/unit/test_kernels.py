@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
         ({"window": -1}, "window -1, attention_chunk 0 and softcap 0.0 must not be neg"),
         ({"attention_chunk": -8}, "window 0, attention_chunk -8 and softcap 0.0 must not be neg"),
         ({"bias_heads": 2}, "a bias is of 1 or 4 heads, not 2"),
-        ({"bias_heads": 1, "ring": True}, "and its states are no rings"),
+        ({"bias_heads": 1, "ring": True}, "and its states are not rings"),
     ],
 )
 def test_a_spec_the_kernels_do_not_take_is_refused(change: dict[str, int], message: str) -> None:

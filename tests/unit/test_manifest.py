@@ -362,7 +362,7 @@ def test_a_chunk_must_fit_into_an_empty_sequence() -> None:
 
 
 def test_a_program_must_name_states_of_the_engine_and_write_or_only_read_each() -> None:
-    with pytest.raises(ValueError, match=r"program step: \['cache', 'window'\] are no states of"):
+    with pytest.raises(ValueError, match=r"program step: \['cache', 'window'\] are not states of"):
         Manifest(**changed(MANIFEST, states=(CELL,)))
     with pytest.raises(ValueError, match=r"must have one alias or be read-only; the aliases have"):
         CompiledProgram(**changed(STEP, read_only=("cell",)))

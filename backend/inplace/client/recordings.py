@@ -61,7 +61,7 @@ class AudioFormat:
         """From a server.
 
         Raises:
-            InplaceError: it is no speech model.
+            InplaceError: it is not a speech model.
             tritonclient.utils.InferenceServerException: the server does not serve it.
         """
         made = cls.of_config(client.get_model_config(model).config)

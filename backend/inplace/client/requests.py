@@ -431,7 +431,7 @@ def _list_text(name: str, value: object) -> str | None:
             return json.dumps(list(value), ensure_ascii=False)
         if name == LOGIT_BIAS and isinstance(value, Mapping):
             return ",".join(f"{index(token)}:{float(bias)!r}" for token, bias in value.items())
-    except TypeError:  # a token is no integer, or JSON has no such value
+    except TypeError:  # a token is not an integer, or JSON has no such value
         return None
     return None
 

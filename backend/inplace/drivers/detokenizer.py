@@ -32,7 +32,7 @@ MAX_CHARACTER_TOKENS = 4
 """Tokens that one character takes at most: one for each byte of its UTF-8."""
 
 MAX_INVALID_TOKENS = 64
-"""Length at which a run of tokens that are no characters is shortened in the window."""
+"""Length at which a run of tokens that are not characters is shortened in the window."""
 
 INVALID_CONTEXT = 2 * MAX_CHARACTER_TOKENS
 """Tokens of such a run that stay at each of its ends."""

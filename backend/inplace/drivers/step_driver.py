@@ -51,7 +51,7 @@ class StepDriver:
 
     Args:
         instance: the model instance; nothing else uses it.
-        tokenizer: of the tokens that a schedule produces; None if they are no text.
+        tokenizer: of the tokens that a schedule produces; None if they are not text.
     """
 
     def __init__(self, instance: ModelInstance, tokenizer: Tokenizer | None = None) -> None:

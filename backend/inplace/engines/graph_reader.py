@@ -102,8 +102,8 @@ def read_graphs(
         advice: how errors end.
 
     Raises:
-        LoadError: it is no engine file, is damaged, or calls an operator that is not registered or
-            that an engine may not call.
+        LoadError: it is not an engine file, is damaged, or calls an operator that is not registered
+            or that an engine may not call.
     """
     advice = advice or "build the model again"
     storages, metadata = read_safetensors(as_bytes(content), title)

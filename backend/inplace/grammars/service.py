@@ -337,7 +337,7 @@ class GrammarCompiler:
 def _readable(tokenizer: Tokenizer) -> str:
     """A tokenizer as the library reads it.
 
-    It takes a tokenizer with byte fallback for one whose tokens are no bytes, also where bytes are
+    It takes a tokenizer with byte fallback for one whose tokens are not bytes, also where bytes are
     what its decoder ends with, as in those that transformers makes from GGUF files.
     """
     fields = json.loads(tokenizer.to_str())

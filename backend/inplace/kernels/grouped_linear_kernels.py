@@ -1,7 +1,7 @@
 """The kernels of linear layers whose rows have experts.
 
 A *pair* is a token with one of its experts; the rows of an expert are the pairs that have it. Pairs
-with an id that is no expert's are the rows of one expert more, whose result is 0.
+with an id that is not an expert's are the rows of one expert more, whose result is 0.
 """
 
 import triton

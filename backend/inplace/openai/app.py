@@ -190,7 +190,7 @@ class Application:
         form, content = await read_form(request, self._limits.audio_bytes)
         model = self._any_model(form.model)
         if not isinstance(model, SpeechModel):
-            raise invalid_value(f"{form.model!r} is no speech model", "model")
+            raise invalid_value(f"{form.model!r} is not a speech model", "model")
         rate = model.format.rate
         samples = await asyncio.to_thread(decode, content, rate, self._limits.audio_seconds)
         pieces = self._words(request, model, samples, form)
@@ -447,7 +447,7 @@ def _token_ids(
                 raise invalid_value(str(error), "prompt") from error
         if not ids:
             raise invalid_value("a prompt has no tokens", "prompt")
-        # the other ids that are no tokens are refused by the server, which knows the vocabulary
+        # the other ids that are not tokens are refused by the server, which knows the vocabulary
         if not all(0 <= token < 1 << 63 for token in ids):
             raise invalid_value("a token id is negative or too large", "prompt")
         made.append(ids)

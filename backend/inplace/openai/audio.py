@@ -68,7 +68,7 @@ async def _parse(headers: Headers, content: bytes) -> tuple[dict[str, str], dict
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError) as error:
-        raise invalid_value(f"the body is no form: {error}") from error
+        raise invalid_value(f"the body is not a form: {error}") from error
     fields: dict[str, str] = {}
     files: dict[str, bytes] = {}
     for name, value in form.multi_items():
@@ -90,7 +90,7 @@ def decode(content: bytes, rate: int, most_seconds: float) -> Samples:
     It is decoded a second at a time, so that a small file with hours of silence ends early.
 
     Raises:
-        ApiError: it is no audio that libsndfile reads, too long, or has another rate.
+        ApiError: it is not audio that libsndfile reads, too long, or has another rate.
     """
     parts, length = [], 0
     try:

@@ -88,7 +88,7 @@ class Gate:
         finally:
             self._in_flight.add(-1)
             seconds = time.monotonic() - answer.begin
-            # a path that is no route is whatever a client sent
+            # a path that is not a route is whatever a client sent
             route = _route(scope)
             self._metrics.answered(route, answer.status, seconds)
             log.info(

@@ -38,7 +38,7 @@ async def read_body(request: Request, model: type[Body], limits: Limits) -> Body
     """Read and check the body of a request.
 
     Raises:
-        ApiError: it is no JSON of this kind, or too long.
+        ApiError: it is not JSON of this kind, or too long.
     """
     content = await read_bytes(request, "application/json", limits.body_bytes)
     try:

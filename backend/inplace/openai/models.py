@@ -44,7 +44,7 @@ class ServedModel:
         name: of the model in tritonserver.
         tokenizer: its own.
         template: its chat template; None if it has none.
-        turn_end: the token that the template puts after a reply; None if that is no token.
+        turn_end: the token that the template puts after a reply; None if that is not a token.
         capacity: positions of a sequence; None without a limit.
         created: when it was built, in seconds since 1970.
         call_format: how it calls tools; None if that is not known.

@@ -348,7 +348,7 @@ class CompletionAnswer(Answer):
 
 
 def _name(text: str, content: bytes) -> str:
-    """A token as completions name it; one that is no text by its bytes, as OpenAI does it."""
+    """A token as completions name it; one that is not text by its bytes, as OpenAI does it."""
     if text.encode() == content:
         return text
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

@@ -67,7 +67,7 @@ class ChatTemplate:
             ``bos_token``.
 
     Raises:
-        LoadError: it is no template.
+        LoadError: it is not a template.
 
     Attributes:
         source: its text.

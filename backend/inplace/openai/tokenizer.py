@@ -1,4 +1,4 @@
-"""Texts to token ids and back: prompts, chats whose contents are no special tokens, single tokens.
+"""Texts to token ids and back: prompts, chats whose contents are not special tokens, single tokens.
 
 A chat template writes special tokens and contents into one text. So that a content is never read as
 a special token, its characters are marked before the template is rendered (`Marks`), and tokens

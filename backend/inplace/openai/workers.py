@@ -242,7 +242,7 @@ def _reserve(host: str, port: int, stack: contextlib.ExitStack) -> Address:
     """Take a port that nobody listens on, until the stack is closed.
 
     Raises:
-        WorkersError: somebody does, or the host is no address of this machine.
+        WorkersError: somebody does, or the host is not an address of this machine.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

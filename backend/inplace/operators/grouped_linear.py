@@ -184,7 +184,7 @@ def grouped_linear(
         x: ``[tokens, in]``, which all experts of a token take, or ``[tokens, k, in]``, a vector for
             each of them. float32, float16 or bfloat16.
         expert_ids: ``[tokens, k]``, int32 or int64: the experts of each token. A token may have an
-            expert twice. The result for an id that is no expert's is 0.
+            expert twice. The result for an id that is not an expert's is 0.
         weight: ``[experts, out, in]``, of x's dtype.
         bias: ``[experts, out]``, of x's dtype.
         transposed: the weight is ``[experts, in, out]``.

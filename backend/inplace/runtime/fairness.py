@@ -20,7 +20,7 @@ def fairness_group(sequence_id: int | str, parameters: Mapping[str, Parameter]) 
     The digest of the parameter ``group``, else of its ``sequence_key``, else of its sequence.
 
     Raises:
-        RequestError: BAD_PARAMETER, a parameter is no name of a group or no key.
+        RequestError: BAD_PARAMETER, a parameter is not a name of a group or no key.
     """
     for name in (GROUP, SEQUENCE_KEY):
         if name in parameters:

@@ -334,7 +334,7 @@ class Request:
         """The parameter ``from``: the sequence that it begins as a copy of; None if absent.
 
         Raises:
-            RequestError: BAD_PARAMETER, it is no correlation id or the sequence's own, or the
+            RequestError: BAD_PARAMETER, it is not a correlation id or the sequence's own, or the
                 request has no START.
         """
         if FROM not in self.parameters:
@@ -353,8 +353,8 @@ class Request:
         """The parameter ``cache_salt``; empty if absent.
 
         Raises:
-            RequestError: BAD_PARAMETER, it is not a key, or the request is no START of a sequence
-                of its own.
+            RequestError: BAD_PARAMETER, it is not a key, or the request is not a START of a
+                sequence of its own.
         """
         if CACHE_SALT not in self.parameters:
             return ""

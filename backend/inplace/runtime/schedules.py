@@ -283,7 +283,7 @@ class ScheduledInstance(ModelInstance):
         batch = form_batch(self.programs[name], rows, token_budget)
         requested = self._read[name].union(*(active.requested_outputs for active in rows))
         requested &= self._output_names[name]
-        # Of outputs that are no tokens the last call's are sent, and which that is, is not known.
+        # Of outputs that are not tokens the last call's are sent, and which that is, is not known.
         num_calls = 1 if requested - self._read[name] else self._num_calls(name, rows)
         engine = self.engines[name]
         if num_calls == 1:

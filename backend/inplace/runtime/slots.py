@@ -73,7 +73,7 @@ class SequenceState:
         driver_state: what a driver keeps with it until its next request.
         positions: of a schedule, by program how many positions its calls have taken; of a program
             that drafts tokens, how many its states hold.
-        audio: of a stream, samples that are no whole chunk yet; None before the first ones.
+        audio: of a stream, samples that are not a whole chunk yet; None before the first ones.
         lease: what this server has of it in the store of snapshots; None if it is not stored.
         num_prompt_tokens: how many tokens are before the first one that its last request generates;
             only of one that is stored.

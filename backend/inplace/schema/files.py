@@ -51,7 +51,7 @@ class RecordFile(Record):
     """A record that is a file of its own.
 
     The file has one field more than the record: ``digest``, the SHA-256 checksum of all others. It
-    shows that the file was damaged or edited; it is no signature.
+    shows that the file was damaged or edited; it is not a signature.
 
     Attributes:
         file_name: the file's name in an engine directory.

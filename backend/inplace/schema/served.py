@@ -105,7 +105,7 @@ class Manifest(RecordFile):
         known = {state.name for state in self.states}
         for program in self.programs:
             if unknown := sorted(set(program.states) - known):
-                raise ValueError(f"program {program.name}: {unknown} are no states of this engine")
+                raise ValueError(f"program {program.name}: {unknown} are not states of this engine")
             if unknown := sorted(set(program.restarts) - set(names)):
                 raise ValueError(
                     f"program {program.name} restarts {unknown}; the programs are {names}"
@@ -193,7 +193,7 @@ class Manifest(RecordFile):
         if step.decoder_io is None or not step.max_adjusted:
             raise ValueError(
                 f"schedule {schedule.name} is for the tokens of a generation, and program "
-                f"{STEP!r} is no language model with sampling options"
+                f"{STEP!r} is not a language model with sampling options"
             )
         if (draft.inputs, draft.decoder_io) != (step.inputs, step.decoder_io):
             raise ValueError(f"program {name} drafts tokens, so it has the inputs of {STEP!r}")

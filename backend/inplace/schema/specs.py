@@ -82,7 +82,7 @@ class Role(StrEnum):
     TOKENS = "tokens"
     """From the client: any number of entries a request, packed along axis 0 over the rows.
 
-    As the role of an output: int64, ``[n]`` a row in each call; negative numbers are no tokens.
+    As the role of an output: int64, ``[n]`` a row in each call; negative numbers are not tokens.
     """
     ROW = "row"
     """From the client: one entry of fixed shape a request."""
@@ -512,7 +512,7 @@ def parse_extent(text: str) -> Expression:
     """Parse an expression.
 
     Raises:
-        ValueError: it is no expression of this language.
+        ValueError: it is not an expression of this language.
     """
     if len(text) > MAX_EXTENT_LENGTH:
         raise ValueError(f"an extent has {len(text)} characters, more than {MAX_EXTENT_LENGTH}")
@@ -527,7 +527,7 @@ def extent_symbols(text: str) -> frozenset[str]:
     """The names of the symbols in an expression.
 
     Raises:
-        ValueError: it is no expression.
+        ValueError: it is not an expression.
     """
     return frozenset() if text == UNKNOWN else frozenset(_symbols(parse_extent(text)))
 
@@ -540,7 +540,7 @@ def evaluate_extent(extent: int | str, known: Mapping[str, Any]) -> Any:
         known: the values of the symbols: integers or `torch.SymInt`.
 
     Raises:
-        ValueError: it is no expression, is `UNKNOWN`, has an unknown symbol or divides by zero.
+        ValueError: it is not an expression, is `UNKNOWN`, has an unknown symbol or divides by zero.
     """
     if isinstance(extent, int):
         return extent

@@ -36,7 +36,7 @@ class CommandLine:
         folder = proc / str(process)
         words = (folder / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
         if not any(Path(word).name == PROGRAM for word in words):
-            raise OSError(f"process {process} is no {PROGRAM}: {' '.join(words)[:100]!r}")
+            raise OSError(f"process {process} is not a {PROGRAM}: {' '.join(words)[:100]!r}")
         return cls.parse(words[1:], (folder / "cwd").readlink())
 
     @classmethod

@@ -167,7 +167,7 @@ class Peer:
         closed: the connection has ended.
 
     Raises:
-        OSError: it cannot be connected to, or is no process of this server.
+        OSError: it cannot be connected to, or is not a process of this server.
     """
 
     def __init__(

@@ -61,7 +61,7 @@ class Snapshot:
         salt: what it shares prefixes by; None if it shares none.
         positions: by program of a schedule, how many positions its calls have taken.
         context: the last tokens of the text that it has been answered with.
-        audio: samples that are no whole chunk yet; None without any.
+        audio: samples that are not a whole chunk yet; None without any.
         states: by name: of those that append, the positions that are used; others whole.
     """
 
@@ -243,7 +243,7 @@ def decode(
 
 
 def _refuse_truncated(body: memoryview) -> None:
-    """Say so where the header of what is no whole object can still be read.
+    """Say so where the header of what is not a whole object can still be read.
 
     It is read for this error alone.
     """

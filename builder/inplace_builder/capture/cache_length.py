@@ -90,7 +90,7 @@ def _refuse_length(*_: object) -> NoReturn:
 
 
 class CacheLength(_Positions):
-    """The number of cached tokens: each row has its own, so it is no number.
+    """The number of cached tokens: each row has its own, so it is not a number.
 
     A model that adds it to ``arange(tokens)``, or counts ``tokens`` on from it, computes the
     tokens' positions, and gets them. Every other use raises BuildError.

@@ -54,7 +54,7 @@ def load_decoder(
         The model, and its tokenizer if it has one.
 
     Raises:
-        BuildError: there is no model, it is no decoder, transformers cannot read it, or it would
+        BuildError: there is no model, it is not a decoder, transformers cannot read it, or it would
             not use all weights.
     """
     with parsed_once():
@@ -215,7 +215,7 @@ def check_checkpoint(source: Path | str, capacity: int = 1) -> PretrainedConfig:
         The configuration.
 
     Raises:
-        BuildError: there is no model, it is no decoder, its adapter cannot be merged, its
+        BuildError: there is no model, it is not a decoder, its adapter cannot be merged, its
             quantization is not supported, or it was made for fewer positions.
     """
     source = Path(source)
@@ -223,8 +223,8 @@ def check_checkpoint(source: Path | str, capacity: int = 1) -> PretrainedConfig:
     config = read_config(source, files)
     if config.is_encoder_decoder or _decoder_class(config) is None:
         raise BuildError(
-            f"{source} holds a {config.model_type!r} model, which is no decoder (transformers has "
-            f"no causal language model for it)"
+            f"{source} holds a {config.model_type!r} model, which is not a decoder (transformers "
+            f"has no causal language model for it)"
         )
     if files.adapter is not None:
         read_lora_config(files.adapter)

@@ -78,7 +78,8 @@ def capture_exported_decoder(
     Raises:
         BuildError: torch.export cannot capture the module, or it is not proved that tokens of
             several sequences may be packed: an attention is not causal or windowed over its own
-            cache, an operator mixes tokens, or a state is no cache; or ``prompt_logprobs`` is set.
+            cache, an operator mixes tokens, or a state is not a cache; or ``prompt_logprobs`` is
+            set.
     """
     if options.prompt_logprobs:
         raise BuildError(

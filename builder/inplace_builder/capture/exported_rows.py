@@ -50,7 +50,7 @@ class RowOptions:
         limits: inclusive limits of the values of integer inputs, by name. A request beyond them is
             refused; within them the engine is verified, otherwise with 0 and 1.
         roles: what outputs are besides values, by name: ``tokens`` (int64, ``[n]`` a row, negative
-            numbers are no tokens), ``done`` (bool, one entry a row) and ``accepted`` (int64, one
+            numbers are not tokens), ``done`` (bool, one entry a row) and ``accepted`` (int64, one
             entry a row: how many of the call's tokens count), see `inplace.schema.specs.Role`.
         sample_rate: of a module with the input ``audio``, mono samples in float32: in a second. A
             request may be shorter; zeros are added behind it.
@@ -107,7 +107,7 @@ def capture_exported_rows(
     """Capture a module of one sequence for an engine that steps several, one request of each.
 
     States are the inputs and buffers that the module writes, inputs whose new values it returns
-    (``y, *new = f(x, *states)``, the new values are no outputs then), and Python attributes with
+    (``y, *new = f(x, *states)``, the new values are not outputs then), and Python attributes with
     tensors that it changes. Each sequence begins with their values at capture.
     Inputs and outputs ``[1, …]`` lose that axis, which a server has for its batch; others get one.
 
@@ -174,7 +174,7 @@ def capture_rows(
     )
     for argument, number in constant_arguments(module, example_inputs, kwargs).items():
         print(
-            f"argument {argument} is {number!r} in every request: it is no tensor, so it is a "
+            f"argument {argument} is {number!r} in every request: it is not a tensor, so it is a "
             f"constant of the graph",
             file=sys.stderr,
         )
@@ -519,7 +519,8 @@ def _returned_tensors(returned: Sequence[Any]) -> dict[int, Node]:
         elif node is not None:
             kind = "a number that depends on a tensor's value" if isinstance(node, Node) else node
             raise BuildError(
-                f"output {place} of the module is {kind!s}, which is no tensor; return tensors only"
+                f"output {place} of the module is {kind!s}, which is not a tensor; return "
+                f"tensors only"
             )
     return tensors
 
@@ -538,22 +539,22 @@ def _input_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
         not isinstance(extent, int) for extent in example.shape
     ):
         raise BuildError(
-            f"input {name} is no tensor of fixed extents; a row of a step has one entry of every "
-            f"input"
+            f"input {name} is not a tensor of fixed extents; a row of a step has one entry of "
+            f"every input"
         )
     element_type = Dtype.of(example.dtype)
     if name == options.positions:
         if example.numel() != 1 or example.is_floating_point():
             raise BuildError(
-                f"input {name} {tuple(example.shape)} of {example.dtype} is no position: an "
+                f"input {name} {tuple(example.shape)} of {example.dtype} is not a position: an "
                 f"integer tensor of one entry"
             )
         return TensorSpec(name=name, role=Role.WRITE_INDICES, dtype=element_type)
     if name in options.valid_lengths:
         if example.numel() != 1 or example.is_floating_point():
             raise BuildError(
-                f"input {name} {tuple(example.shape)} of {example.dtype} is no length: an integer "
-                f"tensor of one entry"
+                f"input {name} {tuple(example.shape)} of {example.dtype} is not a length: an "
+                f"integer tensor of one entry"
             )
         return TensorSpec(name=name, role=Role.VALID_LENGTHS, dtype=element_type)
     length = next((key for key, of in options.valid_lengths.items() if of == name), None)
@@ -620,7 +621,7 @@ def _is_integer(spec: TensorSpec) -> bool:
 
 def _output_spec(name: str, example: Any, options: RowOptions) -> TensorSpec:
     if not isinstance(example, Tensor):
-        raise BuildError(f"output {name} is {example!r}, which is no tensor")
+        raise BuildError(f"output {name} is {example!r}, which is not a tensor")
     if any(not isinstance(extent, int) for extent in example.shape):
         raise BuildError(
             f"output {name} has extents {tuple(map(str, example.shape))} that depend on values; "

@@ -177,7 +177,7 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     if lookahead and options.prompt_logprobs:
         raise BuildError(
             f"{type(model).__name__} lets tokens see later ones that are fed with them, so there "
-            f"are no log-probabilities given only those before: leave prompt_logprobs out"
+            f"are not log-probabilities given only those before: leave prompt_logprobs out"
         )
     program = decoder_program(size, size, options, lookahead=lookahead)
     notes = _lookahead_note(options) if lookahead else {}
@@ -279,7 +279,7 @@ def _see_layers(
     """What each layer attends to and keeps, and how the model must be called for that.
 
     Raises:
-        BuildError: a layer's mask is no window, or the model cannot run with our cache.
+        BuildError: a layer's mask is not a window, or the model cannot run with our cache.
     """
     try:
         return _run_once(model, capacity, call), call
@@ -296,7 +296,7 @@ def _run_once(model: PreTrainedModel, capacity: int, call: StepCall) -> SeenLaye
     Sizes are not read from the configuration: layers may differ, and so may keys and values.
 
     Raises:
-        BuildError: a layer's mask is no window, or the model cannot run with our cache.
+        BuildError: a layer's mask is not a window, or the model cannot run with our cache.
     """
     # a mask of the model's own is read off its scores, so there must be as many positions
     tokens = 2 if call.own_attention is None else capacity
@@ -350,7 +350,7 @@ def _index_states(
 
 
 def _recurrent_states(layers: SeenLayers) -> tuple[StateSpec, ...]:
-    """The states that are no keys and values: zeros in a new sequence, rewritten by every step.
+    """The states that are not keys and values: zeros in a new sequence, rewritten by every step.
 
     Those of all convolutions come first.
     """

@@ -84,7 +84,7 @@ class LoraConfig:
         rank_pattern, alpha_pattern: those of layers, by an expression for the end of their names.
         stabilized: whether the scale has the rank's square root.
         saved_modules: ends of the names of modules that the adapter holds whole.
-        parameters: ends of the names of parameters that are changed in modules which are no linear
+        parameters: ends of the names of parameters that are changed in modules which are not linear
             layers: routers, and tensors with the weights of all experts.
     """
 
@@ -141,7 +141,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
     """Read how an adapter is merged.
 
     Raises:
-        BuildError: it is no LoRA, or has something that cannot be merged here.
+        BuildError: it is not a LoRA, or has something that cannot be merged here.
     """
     fields = _read_fields(folder)
     kind = fields.get("peft_type")

@@ -226,7 +226,7 @@ def _changed(
     others: list[Any],
     layer: "OwnAttention",
 ) -> Calculation | None:
-    """How scores come about after an elementwise operator; None if it is no part of attention."""
+    """How scores come about after an elementwise operator; None if it is not part of attention."""
     if name in FACTORS and len(others) == 1 and _is_number(others[0]):
         factor = layer.number(others[0]) ** FACTORS[name]
         added = calculation.added
@@ -462,7 +462,7 @@ def _mask(
     wrong = (bias - linear).abs() > 1e-5 * linear.abs().clamp_min(1.0)
     if mask.window or bool((wrong & seen).any()):
         raise BuildError(
-            f"attention of {name} adds a bias to its scores that is no multiple of the key's "
+            f"attention of {name} adds a bias to its scores that is not a multiple of the key's "
             f"position; of biases inplace::attention has slopes only (ALiBi), without a window"
         )
     return mask, tuple(slopes.tolist())

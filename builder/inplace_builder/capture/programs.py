@@ -169,7 +169,7 @@ def _check_names(programs: Mapping[str, ProgramModule]) -> None:
     if not programs:
         raise BuildError("capture_programs needs at least one program")
     if wrong := [name for name in programs if not (name.isidentifier() and name.isascii())]:
-        raise BuildError(f"programs {wrong} have names that are no ASCII identifiers")
+        raise BuildError(f"programs {wrong} have names that are not ASCII identifiers")
 
 
 def _check_modules(programs: Mapping[str, ProgramModule]) -> None:

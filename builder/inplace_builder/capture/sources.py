@@ -88,7 +88,7 @@ def _model_files(source: Path) -> ModelFiles:
         if len(files) > 1
         else "neither config.json nor a GGUF file"
     )
-    raise BuildError(f"{source} is no model: it holds {content}")
+    raise BuildError(f"{source} is not a model: it holds {content}")
 
 
 def _has_weights(folder: Path) -> Iterator[Path]:
@@ -121,7 +121,7 @@ def _missing(source: Path) -> ModelFiles:
     """Refuse a source that does not exist."""
     if _HUB_ID.fullmatch(str(source)):
         raise BuildError(
-            f"{source} is no folder here, and nothing is downloaded. If it is a model of the "
+            f"{source} is not a folder here, and nothing is downloaded. If it is a model of the "
             f"Hugging Face Hub, fetch it with `hf download {source}`, then build it by that name "
             f"or from the folder that the command prints"
         )

@@ -51,7 +51,7 @@ MAX_NAMED = 2
 """Lines that an error names."""
 
 _EXPORT = f"{Path(str(torch.__file__)).parent}/export/"
-"""The folder of torch.export: what calls it is no model's line either."""
+"""The folder of torch.export: what calls it is not a model's line either."""
 
 _FOREIGN = tuple(
     f"{folder}/"
@@ -61,7 +61,7 @@ _FOREIGN = tuple(
         Path(__file__).parents[1],
     )
 )
-"""The folders of files that are no model's."""
+"""The folders of files that are not model's."""
 
 _STANDARD = f"{sysconfig.get_path('stdlib')}/"
 """The folder of Python's own files; packages may be in it."""

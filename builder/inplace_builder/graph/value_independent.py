@@ -293,7 +293,7 @@ class ValueIndependent(TorchFunctionMode):
         return first + torch.arange(max(0, stop[1] - start[1]), device=first.device)
 
     def _offset(self, bound: Any) -> tuple[Any, int] | None:
-        """A bound as a source and what is added to it; None if it is no sum of the two."""
+        """A bound as a source and what is added to it; None if it is not a sum of the two."""
         if isinstance(bound, torch.SymInt):
             constant = bound.node.expr.as_coeff_Add()[0]
             return (bound.node.expr - constant, int(constant)) if constant.is_Integer else None

@@ -310,7 +310,7 @@ def _target(target: Any) -> str:
                 return name
     raise BuildError(
         f"the graph calls {target}, which the engine file of a PyTorch engine cannot hold: files, "
-        "other programs and functions that are no operators"
+        "other programs and functions that are not operators"
     )
 
 
@@ -364,7 +364,7 @@ def _sign(expression: sympy.Expr) -> str:
             return "+"
         case sympy.Mul() | sympy.Pow():
             return "*"
-    raise ValueError(f"{expression} is no expression of a file")
+    raise ValueError(f"{expression} is not an expression of a file")
 
 
 def _operands(expression: sympy.Expr) -> list[sympy.Expr]:
@@ -372,7 +372,7 @@ def _operands(expression: sympy.Expr) -> list[sympy.Expr]:
         case sympy.Pow():
             base, power = expression.args
             if not isinstance(power, sympy.Integer) or not 1 <= power <= MAX_POWER:
-                raise ValueError(f"{expression} is no expression of a file")
+                raise ValueError(f"{expression} is not an expression of a file")
             return [base] * int(power)
         case sympy.Add() | sympy.Mul() if expression.as_numer_denom()[1] != 1:
             return list(expression.as_numer_denom())

@@ -69,7 +69,7 @@ def supports_plugin(uses: Sequence[StateUse], tensorrt: TensorRT) -> Eligibility
                 return Eligibility(
                     False,
                     f"heads of {use.state.name} are {use.state.shape[-1]} 8-bit floats wide, which "
-                    f"are no whole words of {WORD}",
+                    f"are not whole words of {WORD}",
                 )
         elif not tensorrt.has_dtype(use.state.dtype.as_torch):
             return Eligibility(

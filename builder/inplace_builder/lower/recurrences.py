@@ -83,7 +83,7 @@ class PackedRows:
         return self.causal.float() @ x
 
     def decay(self, total: Tensor) -> Tensor:
-        """``exp`` of the difference of sums of two tokens, 0 where the second is no past one.
+        """``exp`` of the difference of sums of two tokens, 0 where the second is not a past one.
 
         Args:
             total: ``[heads, tokens, ...]``, from `running_sum`.

@@ -81,7 +81,7 @@ class ProvenDecoder:
         ]
         if not tables:
             raise BuildError(
-                f"input {self.ids.name} is no tensor of token ids: it indexes no embedding"
+                f"input {self.ids.name} is not a tensor of token ids: it indexes no embedding"
             )
         return min(int(shape(as_node(table))[0]) for table in tables)
 
@@ -212,7 +212,7 @@ def _check_states(
             continue
         reader = next(user for user in node.users if user.op != "output")
         raise BuildError(
-            f"state {state.source} is no cache of an attention, but read{source_line(reader)}: "
+            f"state {state.source} is not a cache of an attention, but read{source_line(reader)}: "
             f"packed rows have no place for it"
         )
 
@@ -305,7 +305,7 @@ def _token_axis_of_ids(ids: Node, num_tokens: Any) -> int:
         or any(extent != 1 for axis, extent in enumerate(extents) if axis != candidates[-1])
     ):
         raise BuildError(
-            f"input {ids.name} {tuple(extents)} of {dtype(ids)} is no tensor of token ids "
+            f"input {ids.name} {tuple(extents)} of {dtype(ids)} is not a tensor of token ids "
             f"[1, tokens]"
         )
     return candidates[-1]

@@ -183,7 +183,7 @@ class RowGraph:
                 "tensor itself"
             )
         if not isinstance(target, torch._ops.OpOverload):
-            raise _NoRuleError(f"{target} is no operator of PyTorch's")
+            raise _NoRuleError(f"{target} is not an operator of PyTorch's")
         rule = RULES.get(target)
         if rule is None and torch.Tag.pointwise in target.tags:
             rule = lambda *given, **named: pointwise(target, *given, **named)  # noqa: E731

@@ -34,7 +34,7 @@ class SpeechBuild:
         model_class: the class of transformers that loads it.
         capture: captures its programs.
         notes: what else to record in ``built_with``.
-        text_tokens: prepares its tokenizer, so that decoding leaves out what is no text.
+        text_tokens: prepares its tokenizer, so that decoding leaves out what is not text.
     """
 
     model_class: Any

@@ -144,7 +144,7 @@ class _Verification:
         num_runs: by schedule, how many requests ran it.
         num_examples: how many of them had an example.
         num_compared: how many of them were compared.
-        takes_back: take calls of another request back before each one that is no START.
+        takes_back: take calls of another request back before each one that is not a START.
     """
 
     instance: ScheduledInstance
@@ -203,7 +203,7 @@ class _Verification:
 
     @property
     def requests(self) -> int:
-        """Requests of each sequence: enough for every schedule of those that are no START."""
+        """Requests of each sequence: enough for every schedule of those that are not START."""
         return max(MIN_REQUESTS, 3 + len(self._schedules("next")))
 
     def _schedules(self, flag: RequestFlag) -> list[Schedule]:

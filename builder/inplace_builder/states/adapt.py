@@ -55,7 +55,8 @@ def adapted_states(
 
     Raises:
         BuildError: ``states`` names no input or no output, or the two differ in shape; an attribute
-            that changes is no tensor of fixed shape; ``states`` is given for an exported program.
+            that changes is not a tensor of fixed shape; ``states`` is given for an exported
+            program.
     """
     if isinstance(module, ExportedProgram):
         if isinstance(states, Mapping):
@@ -289,7 +290,7 @@ def _changed(
     """Whether an attribute changed.
 
     Raises:
-        BuildError: to something that is no tensor of the same shape.
+        BuildError: to something that is not a tensor of the same shape.
     """
     new = after.get(path, [None])
     same = len(new) == len(leaves) and all(
@@ -436,7 +437,7 @@ def _declared(call: _ModuleCall, states: Mapping[str, Output]) -> dict[int, int]
         outputs = _outputs_of(call, output)
         if not inputs:
             raise BuildError(
-                f"states: {name} is no input; the inputs are "
+                f"states: {name} is not an input; the inputs are "
                 f"{[leaf for leaf, _ in call.inputs.values()]}"
             )
         if len(inputs) != len(outputs):
@@ -518,7 +519,7 @@ def _key(path: Sequence[Any]) -> str:
 
 
 def _write_returned(module: nn.Module, pairs: Mapping[int, int]) -> None:
-    """Let a module return what is no state, and write the states."""
+    """Let a module return what is not a state, and write the states."""
     forward = module.forward
 
     @functools.wraps(forward)

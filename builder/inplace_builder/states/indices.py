@@ -35,7 +35,7 @@ MAX_INDEX_NODES = 200
 def source_placeholders(node: Node) -> set[Node] | None:
     """The placeholders whose values a node is computed from.
 
-    Dynamic extents are no values: the node may depend on them as well.
+    Dynamic extents are not values: the node may depend on them as well.
 
     Returns:
         None if the node is random, or computed from more than `MAX_INDEX_NODES` nodes.

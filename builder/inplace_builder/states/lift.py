@@ -78,7 +78,7 @@ class FunctionalGraph:
         """BuildError if the caller assumes something of an input that does not exist."""
         if unknown := sorted(set(assume_consecutive) - set(self.inputs)):
             raise BuildError(
-                f"assume_consecutive names {unknown}, which are no inputs; the inputs are "
+                f"assume_consecutive names {unknown}, which are not inputs; the inputs are "
                 f"{list(self.inputs)}"
             )
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 aten, inplace = torch.ops.aten, torch.ops.inplace
 
 PluginMaker = Callable[["TensorRT", Mapping[str, Any]], Any]
-"""Makes the plugin of one call, from TensorRT and the operator's arguments that are no tensors.
+"""Makes the plugin of one call, from TensorRT and the operator's arguments that are not tensors.
 
 It returns an ``IPluginV3``, or an `Operation` whose class was registered with
 `inplace.plugins.register`.
@@ -95,7 +95,7 @@ def declare_alias(
         argument.name for argument in written if not isinstance(argument.type, torch.TensorType)
     ]:
         raise BuildError(
-            f"{operator} writes {lists}, which are no single tensors; give each state an argument "
+            f"{operator} writes {lists}, which are not single tensors; give each state an argument "
             f"of its own"
         )
     if any(result.alias_info is not None for result in schema.returns):
@@ -124,7 +124,7 @@ def make_plugin(
     Args:
         declared: the operator.
         tensorrt: what it is made for.
-        constants: the operator's arguments that are no tensors.
+        constants: the operator's arguments that are not tensors.
         inputs: the names of its tensors, in order.
 
     Raises:
@@ -323,7 +323,7 @@ def _why_copies(node: Node, owners: dict[int, CapturedState]) -> str | None:
     if len(set(bases)) != len(bases):
         return "works on a copy: it gets one state twice"
     if not all(base in owners for base in bases):
-        return "works on a copy: what it writes is no state, or something else writes it too"
+        return "works on a copy: what it writes is not a state, or something else writes it too"
     return None
 
 

@@ -372,7 +372,7 @@ _PARTIAL_WRITES = (
     aten.scatter_add.default,
     aten.scatter_reduce.two,
 )
-"""Operators that change a part of a tensor and are no append."""
+"""Operators that change a part of a tensor and are not append."""
 
 
 _PATTERNS: dict[Any, Callable[[Node, MatchContext], Write | WriteRefusal | None]] = {

@@ -146,7 +146,7 @@ def parsed(answer: bytes) -> tuple[int, Any]:
     """The status, and the JSON or the text of an answer.
 
     Raises:
-        ValueError: it is no whole answer.
+        ValueError: it is not a whole answer.
     """
     head, _, body = answer.partition(b"\r\n\r\n")
     if b"transfer-encoding: chunked" in head.lower():

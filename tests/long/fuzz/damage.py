@@ -59,7 +59,7 @@ NAMES = (
     "unheard of",
 )
 UNKNOWN = ("temprature", "max_new_tokens", "n", "stop")
-"""Names that are no parameters, or not yet."""
+"""Names that are not parameters, or not yet."""
 SPECIAL_TEXTS = ("</s>", "<s>", "<unk>", "<s>x", "</s></s>", "<0xE4>")
 CUT_TEXTS = (*"你ខ🙂é", "你好你好你好你好你好 x", "a ខ x", "\ufffd", "a\x00b")
 """Texts of several bytes a character, which byte-fallback tokenizers divide."""

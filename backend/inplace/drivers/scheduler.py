@@ -30,7 +30,7 @@ class ScheduledStep:
 
 
 class Scheduler:
-    """Chooses rows: requests with one token (decode) in turn, longer ones (prefill) in order.
+    """Chooses rows: requests with one token (decode) round-robin, longer ones (prefill) in order.
 
     A step has as many decode rows as fit, and beside them at most one chunk of prefill tokens in
     all, so that running generations wait for at most one chunk of other prompts. A step without

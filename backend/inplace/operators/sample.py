@@ -358,7 +358,11 @@ def sample_with_options(
 def argmax(scores: Tensor) -> Tensor:
     """The index of each row's largest score, the first of equals.
 
-    ``[rows, n]`` to int64 ``[rows, 1]``.
+    Args:
+        scores: ``[rows, n]`` floating point.
+
+    Returns:
+        int64 ``[rows, 1]``.
     """
     out = torch.ops.inplace.argmax(scores)
     assert isinstance(out, Tensor)

@@ -267,6 +267,14 @@ def control_input(name: str, role: Role, shape: tuple[int, ...] = ()) -> TensorS
 
     It is int32 unless its role needs another type: TensorRT's own cache layer takes int32 indices,
     and every position fits.
+
+    Args:
+        name: of the module's argument.
+        role: what the runtime fills it with.
+        shape: its extents behind the rows or tokens of a step.
+
+    Raises:
+        ValueError: there is no such role.
     """
     return TensorSpec(
         name=name, role=role, dtype=_CONTROL_DTYPES.get(role, Dtype.INT32), shape=shape

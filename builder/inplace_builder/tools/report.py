@@ -16,7 +16,12 @@ NOTES = ["adapter", "quantization", "weights", "cache", "tokenizer", "latents", 
 
 
 def summary_table(manifest: Manifest, folder: Path | str) -> Table:
-    """States, bytes of a slot and of a position, the arena, and where the model is."""
+    """States, bytes of a slot and of a position, the arena, and where the model is.
+
+    Args:
+        manifest: of the engine.
+        folder: the model's folder, which is printed.
+    """
     engine = manifest.programs[0].engine
     table = Table.grid(padding=(0, 2))
     table.add_row("model", f"{manifest.name} ({engine.kind}, {engine.dtype}, {engine.device})")

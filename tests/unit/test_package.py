@@ -1,10 +1,14 @@
 """The package `inplace`: its public names, and what importing it loads."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import inplace
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -35,3 +39,13 @@ def test_every_public_name_exists() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'inplace' has no attribute 'nothing'"):
         inplace.nothing  # noqa: B018
+
+
+def test_one_name_is_one_class() -> None:
+    modules: dict[str, list[str]] = {}
+    for package in ("backend/inplace", "builder/inplace_builder"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef):
+                    modules.setdefault(node.name.lower(), []).append(f"{path.name}: {node.name}")
+    assert [places for places in modules.values() if len(places) > 1] == []

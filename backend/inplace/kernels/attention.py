@@ -102,7 +102,7 @@ class AttentionSpec:
         if self.bias_heads not in (0, 1, self.heads) or (self.bias_heads and self.ring):
             raise ValueError(
                 f"a bias is of 1 or {self.heads} heads, not {self.bias_heads}, and its states are "
-                f"no rings"
+                f"not rings"
             )
 
     @property

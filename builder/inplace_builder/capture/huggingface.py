@@ -177,7 +177,7 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
     if lookahead and options.prompt_logprobs:
         raise BuildError(
             f"{type(model).__name__} lets tokens see later ones that are fed with them, so there "
-            f"are not log-probabilities given only those before: leave prompt_logprobs out"
+            f"are no log-probabilities given only those before: leave prompt_logprobs out"
         )
     program = decoder_program(size, size, options, lookahead=lookahead)
     notes = _lookahead_note(options) if lookahead else {}

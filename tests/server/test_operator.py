@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from inplace.client import Sequence
+from inplace_builder.__main__ import app
 from inplace_builder.tools.tritonserver import (
     Ports,
     ServerError,
@@ -27,20 +28,15 @@ from support.models import Repository
 from support.pool import Deployment, ServerPool
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
+from typer.testing import CliRunner
 
 pytestmark = pytest.mark.server
 
 
 def test_the_servers_own_command_line(repository: Repository, tmp_path: Path) -> None:
     """`inplace install-backend`, then tritonserver as an operator types it."""
-    command = [
-        sys.executable,
-        "-m",
-        "inplace_builder",
-        "install-backend",
-        str(tmp_path / "backends"),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    arguments = ["install-backend", str(tmp_path / "backends")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
     models = _alone(repository, tmp_path, "llama").parent.parent
     template = TritonServer(models, Ports(0, 0, 0), backends=tmp_path / "backends")
     with (tmp_path / "log").open("wb") as log:

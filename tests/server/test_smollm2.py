@@ -22,7 +22,7 @@ def smollm2(
     smollm2_folder: Path, pool: ServerPool, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SmolLM2]:
     folder = tmp_path_factory.mktemp("smollm2")
-    with serve_smollm2(smollm2_folder, folder, pool, tokens=16) as served:
+    with serve_smollm2(smollm2_folder, folder, pool, tokens=12) as served:
         yield served
 
 

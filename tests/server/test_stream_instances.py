@@ -94,11 +94,11 @@ def twins(engines: Engines, pool: ServerPool) -> Iterator[Twins]:
 def test_many_generations_over_both_each_say_what_they_say_alone_and_stay_where_they_began(
     twins: Twins,
 ) -> None:
-    rounds = 4
+    rounds = 2
     before = [twins.now(instance) for instance in BOTH]
 
     def one(seed: int) -> list[tuple[list[int], Output]]:
-        """Four generations on one sequence, over a stream each: histories and results."""
+        """Generations on one sequence, over a stream each: histories and results."""
         history, collected = prompt(seed, 3 + 4 * seed), []
         for number in range(rounds):
             parameters = {"position": len(history) - 2} if number else {}

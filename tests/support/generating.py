@@ -1,25 +1,26 @@
 """Generations over raw gRPC streams, without a client library."""
 
 import queue
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from inplace_builder.served.decoder import build_decoder
-from inplace_builder.served.options import BuildOptions
-from transformers import LlamaForCausalLM
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException
 
-from support.engines import Engines
-from support.streams import prompt
-from support.vocabulary import llama_with_tokenizer
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from support.engines import Engines
 
 CAPACITY, ENDLESS = 8000, 7900
 """Of the models of `long_stream`, and tokens of a generation that outlasts a test."""
-PROMPT = prompt(1, 20)
+# as `support.streams.prompt`, which imports PyTorch
+PROMPT = random.Random(1).choices(range(512), k=20)
 SOON = 4.0
 """Seconds; without other load a slot is free within 0.2."""
 Parameter = str | int | bool
@@ -141,8 +142,14 @@ def seconds_until(true: Callable[[], bool], limit: float = 60.0) -> float:
     return time.monotonic() - begin
 
 
-def long_stream(engines: Engines, slots: int) -> tuple[LlamaForCausalLM, Path]:
+def long_stream(engines: "Engines", slots: int) -> tuple["LlamaForCausalLM", Path]:
     """A random Llama, and a stream model of it whose sequences have room for `ENDLESS` tokens."""
+    # Not above: a client that tests kill imports this module, and should start quickly.
+    from inplace_builder.served.decoder import build_decoder
+    from inplace_builder.served.options import BuildOptions
+    from transformers import LlamaForCausalLM
+
+    from support.vocabulary import llama_with_tokenizer
 
     def save(folder: Path) -> None:
         llama_with_tokenizer(folder, max_position_embeddings=CAPACITY)

@@ -47,7 +47,7 @@ def test_more_rows_of_an_expert_than_a_block_has() -> None:
 
 
 @pytest.mark.parametrize("spec", long_except(SPECS[:1], SPECS))
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", long_except([True], [False, True]))
 def test_many_pairs(monkeypatch: pytest.MonkeyPatch, spec: GroupedLinearSpec, shared: bool) -> None:
     monkeypatch.setattr(kernels, "MAX_FEW_PAIRS", 8)
     monkeypatch.setattr(kernels, "SORTED_BLOCK", 32)

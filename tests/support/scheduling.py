@@ -9,16 +9,22 @@ from xdist.scheduler import LoadScopeScheduling
 
 TOGETHER = {
     "step models": (
-        "test_step_protocol",
-        "test_bad_input",
-        "test_sampling",
-        "test_client_failover",
+        "server/test_step_protocol",
+        "server/test_bad_input",
+        "server/test_sampling",
+        "server/test_client_failover",
     ),
     "stream models": (
-        "test_generate",
-        "test_generate_proxy",
-        "test_continued_sequences",
-        "test_client_generation",
+        "server/test_generate",
+        "server/test_generate_proxy",
+        "server/test_continued_sequences",
+        "server/test_client_generation",
+        "server/test_grammars",
+        "server/test_openai",
+        "server/test_openai_prefixes",
+        "server/test_prefix_reuse",
+        "server/test_prompt_logprobs",
+        "server/test_sampling_options",
     ),
 }
 """Files whose tests use the same models on a server: one process loads them."""
@@ -41,9 +47,10 @@ APART = {
 def group(nodeid: str) -> str:
     """The group of a test: its file, the files that share its models, or it alone."""
     file = PurePath(nodeid.partition("::")[0])
-    if f"{file.parent.name}/{file.stem}" in APART:
+    name = f"{file.parent.name}/{file.stem}"
+    if name in APART:
         return nodeid
-    return next((name for name, files in TOGETHER.items() if file.stem in files), str(file))
+    return next((models for models, files in TOGETHER.items() if name in files), str(file))
 
 
 def in_order(items: Iterable[pytest.Item]) -> list[pytest.Item]:

@@ -46,8 +46,12 @@ MIN_FORKED_TOKENS = 64
 MAX_FORK_SECONDS = 1.0
 """For how long a sequence waits until its copies have begun."""
 
-WHOLE_ANSWER_INTERVAL = 32
-"""Tokens of a piece of an answer that is not streamed: each piece costs time here."""
+WHOLE_ANSWER_INTERVAL = 8
+"""Tokens of a piece of an answer that is not streamed.
+
+Each piece costs time here. But a server that sends none for the timeout of a sequence (60 s) counts
+as lost, so they must not be long in coming.
+"""
 
 MAX_PIECES = 64
 """Pieces that may wait for a slow client; the backend joins what comes after them."""

@@ -5,10 +5,10 @@ and limits of the parameters.
 """
 
 SEQUENCE_KEY, POSITION, GROUP = "sequence_key", "position", "group"
+"""Parameters of every request."""
+
 INVALID_POSITION = 1 << 62
 """A position above every capacity: an END with it only ends its sequence."""
-
-"""Parameters of every request."""
 
 
 CACHE_SALT, FORGET = "cache_salt", "forget"

@@ -141,7 +141,7 @@ def test_metrics_count_what_was_done(observed: Observed) -> None:
     ]
     assert seconds == sorted(seconds)
     assert seconds[-1] == 13
-    assert 0 < values["inplace_step_seconds_sum", ""] < 60
+    assert values["inplace_step_seconds_sum", ""] > 0
 
 
 def test_the_log_names_the_sequences_and_requests(observed: Observed) -> None:
@@ -171,7 +171,7 @@ def test_generations_are_counted(observed: Observed) -> None:
             enable_empty_final_response=True,
             parameters={"max_tokens": 5, "stream_interval": 5},
         )
-        assert answers.get(timeout=30) is None
+        assert answers.get(timeout=60) is None
         client.stop_stream()
     expected: Found = {
         ("inplace_generations_total", "length"): 1,

@@ -67,7 +67,7 @@ def test_a_server_that_is_ready_answers_at_every_endpoint(no_models: Path, tmp_p
             (server.ports.http, "v2/health/ready"),
         ):
             with urllib.request.urlopen(
-                f"http://{server.host}:{port}/{path}", timeout=10
+                f"http://{server.host}:{port}/{path}", timeout=60
             ) as answer:
                 assert answer.status == 200
 
@@ -83,7 +83,7 @@ def test_an_endpoint_that_is_turned_off_is_not_waited_for(
     no_models: Path, tmp_path: Path, off: list[str]
 ) -> None:
     with TritonServer(
-        no_models, Ports(0, 0, 0), log=tmp_path / "log", arguments=off, start_timeout=60
+        no_models, Ports(0, 0, 0), log=tmp_path / "log", arguments=off, start_timeout=300
     ) as server:
         with InferenceServerClient(server.grpc_url) as client:
             assert client.is_server_ready()
@@ -255,7 +255,7 @@ def test_a_truncated_engine_file_is_refused_and_other_models_are_served(
     with server:  # without gRPC it is asked over HTTP
         assert server.failed_models().keys() == {"damaged"}
         ready = f"http://{server.host}:{server.ports.http}/v2/models/whole/ready"
-        with urllib.request.urlopen(ready, timeout=10) as answer:
+        with urllib.request.urlopen(ready, timeout=60) as answer:
             assert answer.status == 200
         assert server.log is not None
         assert "engine.safetensors has 1,000 bytes, the manifest says" in server.log.read_text(

@@ -108,7 +108,7 @@ def test_sequences_behind_the_router_go_on_in_other_replicas(
         steps(3)
         for sequence in sequences:
             sequence.close()
-        store, deadline = repository.parent / "store", time.monotonic() + 20
+        store, deadline = repository.parent / "store", time.monotonic() + 60
         while left := left_in_folder(store):
             assert time.monotonic() < deadline, left
             time.sleep(0.05)

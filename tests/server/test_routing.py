@@ -148,7 +148,7 @@ def status(url: str, body: object = None) -> int:
     """The HTTP status of a GET, or of a POST where there is a body."""
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=60) as answer:
             code: int = answer.status
             return code
     except urllib.error.HTTPError as error:

@@ -68,7 +68,7 @@ class Envoy:
         command = [str(ENVOY), *arguments, "--concurrency", "1", "--use-dynamic-base-id"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         for port in self.ports.values():
             while True:
                 assert self._process.poll() is None, self._log.read_text()

@@ -116,7 +116,7 @@ def test_a_running_generation_goes_on_elsewhere_with_the_same_tokens(
 ) -> None:
     first, second = opened(), opened()
     expected = first.generate("whole", PROMPT, 40, end=True, **SAMPLED, **KEY).wait().tokens
-    with slow_steps(first, 0.002):
+    with slow_steps(first, 0.02):
         running = first.generate("a", PROMPT, 40, **SAMPLED, **KEY).wait_for_tokens(7)
         first.generate("idle", PROMPT, 5, **KEY).wait()
         others = first.step("keyless", PROMPT, start=True)

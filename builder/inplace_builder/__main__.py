@@ -95,7 +95,8 @@ def build(
     weights: Annotated[
         Weights,
         typer.Option(
-            help="fp8: those of linear layers are 8-bit floats with scales, the head's are not; "
+            help="fp8: those of linear layers and experts are 8-bit floats with scales, the head's "
+            "are not; "
             "dequantized: none are; auto: as dequantized."
         ),
     ] = "auto",

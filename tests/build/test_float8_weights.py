@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from inplace.engines.scales import check_scales
 from inplace.errors import LoadError
 from inplace.operators.float8 import quantize as quantize_rows
@@ -29,7 +30,14 @@ from support.long import long_except
 from support.models import open_instance
 from support.plugin_decoders import TwoSequences
 from support.plugin_networks import tensorrt_with_plugins
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 OPTIONS = BuildOptions(slots=2, max_rows=2, capacity=48, chunk=8, weights="fp8")
 PROMPTS = [random_prompt(1, 11), random_prompt(2, 3)]
@@ -154,6 +162,73 @@ def test_a_network_merges_8_bit_weights_with_their_scales(
             torch.testing.assert_close(
                 outputs[row]["logits"], expected[row, at[row] - 1], rtol=1e-3, atol=1e-3
             )
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
+
+
+@pytest.mark.slow
+def test_experts_are_rounded_too(tmp_path: Path) -> None:
+    """The tokens are those of transformers with the rounded weights; one copy is in the file."""
+    mixtral().save_pretrained(tmp_path / "source")
+    manifest = build_decoder(tmp_path / "source", tmp_path / "model", OPTIONS)
+    assert manifest.built_with["weights"].endswith(
+        "; experts of 2 layers are fp8 too, rounded, with a power of two for each output"
+    )
+    model = mixtral()
+    before = [generate(model, prompt, 12) for prompt in PROMPTS]
+    round_weights(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for parameter in layer.mlp.experts.parameters():
+                scale = (parameter.abs().amax(-1, keepdim=True) / 448).log2().ceil().exp2()
+                rounded = (parameter / scale).to(torch.float8_e4m3fn).float() * scale
+                assert ((rounded - parameter).abs() <= parameter.abs() / 16 + scale / 1024).all()
+                parameter.copy_(rounded)
+    expected = [generate(model, prompt, 12) for prompt in PROMPTS]
+    assert generate_together(open_instance(tmp_path / "model"), PROMPTS, 12) == expected != before
+    engine = manifest.programs[0].engine
+    assert len(engine.scales) == 2 * 4 + 2 * 2
+    content = (tmp_path / "model" / "1" / engine.file).read_bytes()
+    storages, _ = read_safetensors(as_bytes(content), "engine")
+    experts = sum(p.numel() for p in model.model.layers[0].mlp.experts.parameters())
+    assert sum(len(each) for each in storages.values()) < 4 * (model.num_parameters() - experts)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["GptOss", "Mixtral"])
+def test_a_network_binds_8_bit_weights_of_experts(tmp_path: Path, kind: str) -> None:
+    """Also of transposed ones with biases, as gpt-oss has them."""
+    sizes = SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).eval().save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, Dtype.FLOAT32, weights=WeightOptions("fp8"))
+    capture = capture_decoder(loaded, DecoderOptions(32, 3, 4))
+    sequences = TwoSequences(capture, tensorrt_with_plugins())
+    network = sequences.network
+    grouped = [
+        layer.operation
+        for layer in network.network.plugins
+        if type(layer.operation).__name__ == "GroupedLinearOperation"
+    ]
+    assert [each.scaled for each in grouped] == [True] * 4
+    dtypes = {name: weight.dtype for name, weight in network.bound_weights.items()}
+    assert sum(dtype is torch.float8_e4m3fn for dtype in dtypes.values()) >= 4
+    scales = network.context.scales
+    assert all(dtypes[name] is torch.float8_e4m3fn for name in scales)
+    ids = torch.randint(3, 128, (2, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = loaded(ids).logits
+    outputs = sequences.step(ids[0].tolist()[:4], ids[1].tolist()[:1])
+    for row, place in ((0, 3), (1, 0)):
+        torch.testing.assert_close(
+            outputs[row]["logits"], expected[row, place], rtol=1e-3, atol=1e-3
+        )
 
 
 def test_a_model_without_such_layers_is_refused(tmp_path: Path) -> None:

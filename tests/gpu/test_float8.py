@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inplace.kernels.grouped_linear import GroupedLinearSpec
 from inplace.kernels.linear import LinearSpec
 from inplace.kernels.linear_kernels import quantize_kernel
 from inplace.operators.float8 import quantize
@@ -14,8 +15,9 @@ from support.decoding import SHAPE, generate, generate_together, random_prompt
 from support.float8_case import LAYERS, check
 from support.float8_checkpoint import WHOLE, save_fp8
 from support.float8_checkpoint import quantize as quantize_blocks
+from support.grouped_linear_case import check_grouped_linear
 from support.models import open_instance
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use; there is none here"
@@ -100,6 +102,36 @@ def test_a_decoder_in_float32_has_the_tokens_of_the_rounded_model(
                 parameter.copy_(quantize_blocks(parameter, 1, WHOLE)[2])
     expected = [generate(model, prompt, 16) for prompt in PROMPTS]
     assert generate_together(open_instance(tmp_path / "model"), PROMPTS, 16) == expected
+
+
+EXPERTS = [
+    GroupedLinearSpec(256, 192, 6, bias=True, activation="silu", gated=True, scaled=True),
+    GroupedLinearSpec(2048, 1536, 32, activation="silu", gated=True, scaled=True),
+    GroupedLinearSpec(768, 2048, 32, scaled=True),
+    GroupedLinearSpec(288, 160, 5, bias=True, transposed=True, scaled=True),
+]
+
+
+@pytest.mark.parametrize("spec", EXPERTS, ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tokens", [1, 9, 40, 300])
+def test_experts_may_have_8_bit_weights(
+    spec: GroupedLinearSpec, tokens: int, dtype: torch.dtype
+) -> None:
+    for pdl in (False, True):
+        check_grouped_linear(spec, tokens, 4, shared=True, dtype=dtype, device="cuda", pdl=pdl)
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "torch"])
+def test_a_mixture_of_experts_is_verified_in_bfloat16(engine: str, tmp_path: Path) -> None:
+    if engine == "tensorrt":
+        pytest.importorskip("tensorrt", reason="needs TensorRT; it is not installed")
+    torch.manual_seed(0)
+    sizes = SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    MixtralForCausalLM(MixtralConfig(**sizes)).eval().save_pretrained(tmp_path / "source")
+    chosen = options(engine, Dtype.BFLOAT16)
+    manifest = build_decoder(tmp_path / "source", tmp_path / "model", chosen)
+    assert "experts of 2 layers are fp8 too" in manifest.built_with["weights"]
 
 
 @pytest.mark.parametrize("engine", ["tensorrt", "torch"])

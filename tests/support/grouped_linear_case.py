@@ -76,6 +76,13 @@ def check_grouped_linear(
         AssertionError: they differ by more than `TOLERANCE`.
     """
     weight, bias = grouped_weights(spec, dtype)
+    scale, given = None, weight
+    if spec.scaled:
+        scale = torch.rand(spec.experts, spec.outputs, generator=torch.Generator().manual_seed(3))
+        scale = (scale + 0.5) / 100
+        by_output = scale[:, None] if spec.transposed else scale[..., None]
+        given = (weight.float() / by_output).to(torch.float8_e4m3fn)
+        weight = given.double() * by_output
     ids = expert_ids(spec, tokens, per_token)
     generator = torch.Generator().manual_seed(2)
     shape = (tokens, spec.inputs) if shared else (tokens, per_token, spec.inputs)
@@ -87,7 +94,8 @@ def check_grouped_linear(
         spec,
         x=x.to(device),
         expert_ids=ids.to(device, torch.int32 if tokens % 2 else torch.int64),
-        weight=weight.to(device),
+        weight=given.to(device),
+        scale=None if scale is None else scale.to(device),
         bias=None if bias is None else bias.to(device),
         out=out,
         workspace=torch.empty(max(1, bytes_needed // 4), dtype=torch.int32, device=device),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from inplace.kernels import grouped_linear as grouped
 from inplace.kernels.attention import AttentionSpec
+from inplace.kernels.grouped_linear import GroupedBlocks, GroupedLinearSpec
 from inplace.kernels.linear import (
     GemvBlocks,
     LinearBlocks,
@@ -24,6 +26,7 @@ from support.attention_case import Row
 from support.float8_cache_case import DECODE, MIXED, SPECS
 from support.float8_cache_case import check as check_attention
 from support.float8_case import LAYERS, check
+from support.grouped_linear_case import check_grouped_linear
 from support.long import long_except
 
 pytestmark = pytest.mark.filterwarnings(
@@ -104,6 +107,26 @@ def test_rows_are_rounded_as_the_operator_says(inputs: int, group: int) -> None:
     quantize_kernel[(5, groups)](x, out, out_scales, inputs, GROUP=group, BLOCK=256, PDL=False)
     assert torch.equal(out_scales, scales)
     assert torch.equal(out.float(), values.float())
+
+
+EXPERTS = [
+    GroupedLinearSpec(40, 72, 5, bias=True, activation="silu", gated=True, scaled=True),
+    GroupedLinearSpec(72, 40, 5, bias=True, transposed=True, scaled=True),
+]
+
+
+@pytest.mark.parametrize("spec", long_except(EXPERTS[:1], EXPERTS))
+def test_experts_may_have_8_bit_weights(
+    monkeypatch: pytest.MonkeyPatch, spec: GroupedLinearSpec
+) -> None:
+    check_grouped_linear(spec, 3, 2, shared=True, dtype=torch.float16)
+    check_grouped_linear(spec, 9, 3, shared=False, dtype=torch.float32)
+    monkeypatch.setattr(grouped, "MAX_FEW_PAIRS", 8)
+    for blocks in (
+        GroupedBlocks(16, 32, 32, 4, 2, together=2, rows_first=True),
+        GroupedBlocks(32, 16, 32, 4, 2, together=3, rest=16),
+    ):
+        check_grouped_linear(spec, 29, 3, shared=True, dtype=torch.float16, blocks=blocks)
 
 
 CACHES = list(product(SPECS, [DECODE, MIXED], [torch.float16, torch.float32]))

@@ -168,9 +168,16 @@ def _linear(operation: LinearOperation, x: Tensor, weight: Tensor, *others: Tens
     return [out]
 
 
-def _grouped_linear(operation: GroupedLinearOperation, *inputs: Tensor) -> list[Tensor]:
+def _grouped_linear(
+    operation: GroupedLinearOperation, x: Tensor, ids: Tensor, weight: Tensor, *others: Tensor
+) -> list[Tensor]:
+    optional = iter(others)
     out = ops.grouped_linear(
-        *inputs,
+        x,
+        ids,
+        weight.view(torch.float8_e4m3fn) if operation.scaled else weight,
+        next(optional) if operation.bias else None,
+        scale=next(optional) if operation.scaled else None,
         transposed=operation.transposed,
         activation=operation.activation,
         gated=operation.gated,

@@ -14,7 +14,7 @@ from inplace.kernels.linear_kernels import (
     quantize_kernel,
     sliced_k_kernel,
 )
-from inplace.operators import attention, linear
+from inplace.operators import attention, grouped_linear, linear
 from inplace.operators.float8 import FLOAT8, dequantize, num_groups, quantize, quantize_heads
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -132,6 +132,31 @@ def test_kernels_compile_for_hopper(
     assembly = triton.compile(source, GPUTarget("cuda", 90, 32)).asm["ptx"]
     if constants.get("QUANTIZED"):
         assert "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3" in assembly
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_compute_with_what_8_bit_weights_stand_for(transposed: bool) -> None:
+    torch.manual_seed(0)
+    x, ids = torch.randn(5, 24).bfloat16(), torch.tensor([[0, 2], [1, 1], [2, 0], [0, 3], [2, 1]])
+    values, scale = quantize(torch.randn(3, 16, 24))
+    scale = scale[..., 0]
+    weight = values.mT.contiguous() if transposed else values
+    bias = torch.randn(3, 16).bfloat16()
+    options: dict[str, Any] = {"transposed": transposed, "activation": "silu", "gated": True}
+    out = grouped_linear(x, ids, weight, bias, scale=scale, **options)
+    whole = values.float() * scale[..., None]
+    expected = grouped_linear(
+        x.float(), ids, whole.mT.contiguous() if transposed else whole, bias.float(), **options
+    )
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+    assert (out[3, 1] == 0).all()
+    for wrong, message in (
+        ({"scale": None}, "weight torch.float8_e4m3fn"),
+        ({"scale": scale[:, :8]}, r"must be \[3, 16\] of torch\.float32"),
+        ({"scale": scale.half()}, r"must be \[3, 16\] of torch\.float32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            grouped_linear(x, ids, weight, bias, **{**options, "scale": scale, **wrong})
 
 
 def cache_step() -> dict[str, Any]:

@@ -57,7 +57,7 @@ X, IDS, WEIGHT = torch.zeros(3, 4), torch.zeros(3, 2, dtype=torch.int64), torch.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((X, IDS, WEIGHT.to(torch.int8)), "weight torch.int8.*quantized experts are not supported"),
+        ((X, IDS, WEIGHT.to(torch.int8)), "weight torch.int8.*other quantized experts dequantized"),
         ((X.half(), IDS, WEIGHT), "x is torch.float16, weight torch.float32.*must be the same"),
         ((X, IDS.float(), WEIGHT), r"expert_ids must be .* int32 or int64, got \(3, 2\)"),
         ((X, IDS[:, 0], WEIGHT), r"expert_ids must be \[tokens, experts of a token\]"),
@@ -123,6 +123,9 @@ def test_scratch_memory_grows_with_the_step() -> None:
         (GroupedLinearSpec(2048, 1536, 128, activation="silu", gated=True), 1),
         (GroupedLinearSpec(2048, 1536, 128, activation="silu", gated=True), 64),
         (GroupedLinearSpec(2880, 5760, 32, bias=True, transposed=True), 2048),
+        (GroupedLinearSpec(2048, 1536, 128, activation="silu", gated=True, scaled=True), 1),
+        (GroupedLinearSpec(768, 2048, 128, scaled=True), 2048),
+        (GroupedLinearSpec(2880, 5760, 32, bias=True, transposed=True, scaled=True), 2048),
     ],
     ids=str,
 )
@@ -134,6 +137,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(spec: GroupedLinearSpec, tok
     constants: dict[str, Any] = {
         "SHARED": True,
         "BIAS": spec.bias,
+        "SCALED": spec.scaled,
         "TRANSPOSED": spec.transposed,
         "ACTIVATION": spec.activation,
         "GATED": spec.gated,
@@ -149,14 +153,15 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(spec: GroupedLinearSpec, tok
             else {"REST": blocks.rest, "ROWS_FIRST": blocks.rows_first}
         ),
     }
-    floats, integers = {"x", "weight", "bias", "out"}, {"expert_ids": "*i64", "workspace": "*i32"}
+    floats = {"x", "weight", "bias", "scale", "out"}
+    others = {"expert_ids": "*i64", "workspace": "*i32"}
+    if spec.scaled:
+        others |= {"weight": "*fp8e4nv", "scale": "*fp32"}
     names = kernel.arg_names
     types = {
         name: "constexpr"
         if name in constants
-        else "*bf16"
-        if name in floats
-        else integers.get(name, "i32")
+        else others.get(name, "*bf16" if name in floats else "i32")
         for name in names
     }
     aligned = [*floats, "inputs", "width"]

@@ -233,6 +233,18 @@ def test_8_bit_weights_are_words_and_have_scales_at_the_end() -> None:
     assert SCALED.workspace(few, [HALF, INT, HALF, torch.float32]) == 0
 
 
+def test_8_bit_weights_of_experts_are_words_and_have_scales_at_the_end() -> None:
+    operation = GroupedLinearOperation(
+        inputs=64, outputs=32, experts=4, bias=True, scaled=True, gated=True
+    )
+    assert operation.input_count == 5
+    dtypes = [HALF, INT, INT, HALF, torch.float32, HALF]
+    for position in range(len(dtypes)):
+        assert operation.accepts(position, dtypes[: position + 1]), position
+    for position in (2, 3, 4, 5):
+        assert not operation.accepts(position, [*dtypes[:position], torch.float16]), position
+
+
 def test_layers_of_experts_take_ids_of_both_types() -> None:
     plain, biased = EXAMPLES[7:9]
     assert (plain.input_count, biased.input_count) == (3, 4)

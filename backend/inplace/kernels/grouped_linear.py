@@ -53,6 +53,7 @@ class GroupedLinearSpec:
         transposed: weights are ``[experts, inputs, outputs]``, not ``[experts, outputs, inputs]``.
         activation: one of ``inplace.operators.ACTIVATIONS``.
         gated: ``activation(first half of the outputs) * second half``.
+        scaled: weights are 8-bit floats (e4m3) with a scale for each output.
     """
 
     inputs: int
@@ -62,6 +63,7 @@ class GroupedLinearSpec:
     transposed: bool = False
     activation: str = "none"
     gated: bool = False
+    scaled: bool = False
 
     @property
     def width(self) -> int:
@@ -118,6 +120,7 @@ def grouped_linear(
     tokens: int,
     experts_per_token: int,
     shared: bool,
+    scale: Memory | None = None,
     pdl: bool = False,
     blocks: GroupedBlocks | None = None,
 ) -> None:
@@ -134,6 +137,7 @@ def grouped_linear(
         tokens: rows of ``expert_ids``.
         experts_per_token: experts of each.
         shared: the experts of a token take the same vector.
+        scale: ``[experts, outputs]`` float32 if ``spec.scaled``, else None.
         pdl: use programmatic dependent launch (compute capability 9.0 or later).
         blocks: in place of what `choose_blocks` chooses; for tests and tuning.
     """
@@ -144,6 +148,7 @@ def grouped_linear(
     flags = {
         "SHARED": shared,
         "BIAS": spec.bias,
+        "SCALED": spec.scaled,
         "TRANSPOSED": spec.transposed,
         "ACTIVATION": spec.activation,
         "GATED": spec.gated,
@@ -155,12 +160,14 @@ def grouped_linear(
         "num_warps": blocks.warps,
         **launch,
     }
-    bias = x if bias is None else bias  # the kernels do not read it
+    if spec.scaled != (scale is not None):
+        raise ValueError("a scale must be given exactly when the weights are 8-bit floats")
+    bias, scale = (x if each is None else each for each in (bias, scale))  # then not read
     columns = triton.cdiv(spec.width, blocks.n)
     if pairs <= MAX_FEW_PAIRS:
         by_expert = spec.experts < pairs
         few_pairs_kernel[(columns, spec.experts + 1 if by_expert else pairs)](
-            x, expert_ids, weight, bias, out, *extents,
+            x, expert_ids, weight, bias, scale, out, *extents,
             BY_EXPERT=by_expert, PAIRS=triton.next_power_of_2(pairs), **flags,
         )  # fmt: skip
         return
@@ -169,7 +176,7 @@ def grouped_linear(
         BLOCK=min(SORTED_BLOCK, triton.next_power_of_2(pairs)), num_warps=8, **launch,
     )  # fmt: skip
     many_pairs_kernel[(columns * _tiles(spec, pairs, blocks.m),)](
-        x, workspace, weight, bias, out, *extents, blocks.together, **flags,
+        x, workspace, weight, bias, scale, out, *extents, blocks.together, **flags,
         REST=blocks.rest, ROWS_FIRST=blocks.rows_first,
     )  # fmt: skip
 

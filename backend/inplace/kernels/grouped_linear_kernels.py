@@ -12,8 +12,8 @@ from inplace.kernels.linear_kernels import activate
 
 @triton.jit
 def multiply_rows(
-    x, weight, bias, out, expert, pair, present, n, inputs, width, experts, per_token,
-    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    x, weight, bias, scale, out, expert, pair, present, n, inputs, width, experts, per_token,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
@@ -22,7 +22,8 @@ def multiply_rows(
 
     ``SHARED``: x has a vector for each token, otherwise one for each pair. ``GATED``: the weight
     has ``2 * width`` outputs, the first half of which is the gate. ``EVEN``: ``inputs`` is a
-    multiple of ``BLOCK_K``. ``MASKED``: nothing is read for pairs that are not present and for
+    multiple of ``BLOCK_K``. ``SCALED``: weights are 8-bit floats, with a scale for each output.
+    ``MASKED``: nothing is read for pairs that are not present and for
     outputs beyond the last one; otherwise what is read for them belongs to others. ``ROWS_FIRST``:
     the product is ``x @ weight.T``, otherwise ``weight @ x.T``, whose second extent may be 16.
     """
@@ -58,6 +59,7 @@ def multiply_rows(
             value = tl.load(x_at, mask=given, other=0.0)
         else:
             w, value = tl.load(w_at), tl.load(x_at)
+        w = w.to(value.dtype)  # of 8-bit floats, without rounding
         if ROWS_FIRST:
             acc = tl.dot(value, tl.trans(w), acc, input_precision="ieee")
         else:
@@ -67,6 +69,7 @@ def multiply_rows(
                 u = tl.load(u_at, mask=known, other=0.0)
             else:
                 u = tl.load(u_at)
+            u = u.to(value.dtype)
             if ROWS_FIRST:
                 up_acc = tl.dot(value, tl.trans(u), up_acc, input_precision="ieee")
             else:
@@ -74,6 +77,13 @@ def multiply_rows(
         w_at += further
         u_at += further
         x_at += BLOCK_K
+    if SCALED:
+        own = scale + expert * outputs + n
+        factor = tl.load(own, mask=inside, other=0.0)
+        acc *= factor[None, :] if ROWS_FIRST else factor[:, None]
+        if GATED:
+            factor = tl.load(own + width, mask=inside, other=0.0)
+            up_acc *= factor[None, :] if ROWS_FIRST else factor[:, None]
     if BIAS:
         own = bias + expert * outputs + n
         added = tl.load(own, mask=inside, other=0.0).to(tl.float32)
@@ -94,8 +104,8 @@ def multiply_rows(
 
 @triton.jit
 def few_pairs_kernel(
-    x, expert_ids, weight, bias, out, pairs, inputs, width, experts, per_token,
-    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    x, expert_ids, weight, bias, scale, out, pairs, inputs, width, experts, per_token,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BY_EXPERT: tl.constexpr,
     PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -130,8 +140,8 @@ def few_pairs_kernel(
         # `place` is at most m for the pairs before the expert's m-th one, and larger from it on
         pair = tl.sum((place[None, :] <= m[:, None]).to(tl.int32), 1)
         multiply_rows(
-            x, weight, bias, out, expert, pair, m < count, n, inputs, width, experts, per_token,
-            SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, EVEN, True,
+            x, weight, bias, scale, out, expert, pair, m < count, n, inputs, width, experts,
+            per_token, SHARED, BIAS, SCALED, TRANSPOSED, ACTIVATION, GATED, EVEN, True,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, False,
         )  # fmt: skip
 
@@ -181,8 +191,8 @@ def group_pairs_kernel(
 
 @triton.jit
 def multiply_tile(
-    x, order, weight, bias, out, expert, first, end, n, inputs, width, experts, per_token,
-    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    x, order, weight, bias, scale, out, expert, first, end, n, inputs, width, experts, per_token,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
@@ -191,16 +201,16 @@ def multiply_tile(
     m = first + tl.arange(0, BLOCK_M)
     pair = tl.load(order + m, mask=m < end, other=0)
     multiply_rows(
-        x, weight, bias, out, expert, pair, m < end, n, inputs, width, experts, per_token,
-        SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, EVEN, False,
+        x, weight, bias, scale, out, expert, pair, m < end, n, inputs, width, experts, per_token,
+        SHARED, BIAS, SCALED, TRANSPOSED, ACTIVATION, GATED, EVEN, False,
         BLOCK_M, BLOCK_N, BLOCK_K, STAGES, ROWS_FIRST,
     )  # fmt: skip
 
 
 @triton.jit
 def many_pairs_kernel(
-    x, workspace, weight, bias, out, pairs, inputs, width, experts, per_token, together,
-    SHARED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    x, workspace, weight, bias, scale, out, pairs, inputs, width, experts, per_token, together,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, REST: tl.constexpr, ROWS_FIRST: tl.constexpr,
@@ -231,20 +241,20 @@ def many_pairs_kernel(
     if first < end:
         if REST == 0:
             multiply_tile(
-                x, order, weight, bias, out, expert, first, end, n, inputs, width, experts,
-                per_token, SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, EVEN,
+                x, order, weight, bias, scale, out, expert, first, end, n, inputs, width, experts,
+                per_token, SHARED, BIAS, SCALED, TRANSPOSED, ACTIVATION, GATED, EVEN,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, ROWS_FIRST,
             )  # fmt: skip
         elif end - first <= REST:
             multiply_tile(
-                x, order, weight, bias, out, expert, first, end, n, inputs, width, experts,
-                per_token, SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, EVEN,
+                x, order, weight, bias, scale, out, expert, first, end, n, inputs, width, experts,
+                per_token, SHARED, BIAS, SCALED, TRANSPOSED, ACTIVATION, GATED, EVEN,
                 REST, BLOCK_N, BLOCK_K, STAGES, False,
             )  # fmt: skip
         else:
             multiply_tile(
-                x, order, weight, bias, out, expert, first, end, n, inputs, width, experts,
-                per_token, SHARED, BIAS, TRANSPOSED, ACTIVATION, GATED, EVEN,
+                x, order, weight, bias, scale, out, expert, first, end, n, inputs, width, experts,
+                per_token, SHARED, BIAS, SCALED, TRANSPOSED, ACTIVATION, GATED, EVEN,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, ROWS_FIRST,
             )  # fmt: skip
 

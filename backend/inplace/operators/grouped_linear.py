@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inplace.operators.float8 import FLOAT8
 from inplace.operators.library import LIBRARY, define
 from inplace.operators.linear import ACTIVATIONS, activate
 
@@ -18,8 +19,8 @@ GROUPED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 define(
     "grouped_linear",
-    "(Tensor x, Tensor expert_ids, Tensor weight, Tensor? bias=None, *, bool transposed=False, "
-    "str activation='none', bool gated=False) -> Tensor",
+    "(Tensor x, Tensor expert_ids, Tensor weight, Tensor? bias=None, *, Tensor? scale=None, "
+    "bool transposed=False, str activation='none', bool gated=False) -> Tensor",
 )
 
 
@@ -29,6 +30,7 @@ def _empty_result(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     transposed: bool = False,
     activation: str = "none",
     gated: bool = False,
@@ -47,11 +49,12 @@ def _empty_result(
     )
     torch._check(
         x.dtype in GROUPED_DTYPES
-        and all(part is None or part.dtype == x.dtype for part in (weight, bias)),
+        and weight.dtype == (x.dtype if scale is None else FLOAT8)
+        and (bias is None or bias.dtype == x.dtype),
         lambda: (
             f"x is {x.dtype}, weight {weight.dtype}, bias {None if bias is None else bias.dtype}; "
-            f"they must be the same, one of {GROUPED_DTYPES}: quantized experts are not supported, "
-            f"load the model dequantized"
+            f"they must be the same, one of {GROUPED_DTYPES}, but that weights with a scale are "
+            f"{FLOAT8}: load a model with other quantized experts dequantized"
         ),
     )
     torch._check(
@@ -76,6 +79,14 @@ def _empty_result(
         ),
     )
     torch._check(
+        scale is None
+        or (tuple(scale.shape), scale.dtype) == ((weight.shape[0], outputs), torch.float32),
+        lambda: (
+            f"scale {None if scale is None else (tuple(scale.shape), scale.dtype)} must be "
+            f"[{weight.shape[0]}, {outputs}] of torch.float32"
+        ),
+    )
+    torch._check(
         activation in ACTIVATIONS,
         lambda: f"activation {activation!r} must be one of {ACTIVATIONS}",
     )
@@ -94,14 +105,16 @@ def _grouped_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     transposed: bool = False,
     activation: str = "none",
     gated: bool = False,
 ) -> Tensor:
     """Sort the rows by experts; then each used expert is one product, its weight read once."""
     out = _empty_result(
-        x, expert_ids, weight, bias, transposed=transposed, activation=activation, gated=gated
-    ).zero_()
+        x, expert_ids, weight, bias,
+        scale=scale, transposed=transposed, activation=activation, gated=gated,
+    ).zero_()  # fmt: skip
     if not out.numel():
         return out
     results, rows, ids = out.flatten(0, 1), x.flatten(0, -2), expert_ids.flatten()
@@ -114,7 +127,12 @@ def _grouped_linear(
         matrix = weight[expert].t() if transposed else weight[expert]
         source = group if x.dim() == 3 else group // expert_ids.shape[1]
         own_bias = None if bias is None else bias[expert]
-        product = F.linear(rows[source], matrix, own_bias)
+        if scale is None:
+            product = F.linear(rows[source], matrix, own_bias)
+        else:
+            own_bias = None if own_bias is None else own_bias.float()
+            whole = matrix.float() * scale[expert][:, None]
+            product = F.linear(rows[source].float(), whole, own_bias).to(x.dtype)
         first, second = product.chunk(2, -1) if gated else (product, None)
         activated = activate(first, activation)
         results[group] = activated if second is None else activated * second
@@ -128,6 +146,7 @@ def _grouped_linear_on_gpu(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     transposed: bool = False,
     activation: str = "none",
     gated: bool = False,
@@ -136,21 +155,24 @@ def _grouped_linear_on_gpu(
     from inplace.kernels import grouped_linear as kernels  # imports Triton
 
     out = _empty_result(
-        x, expert_ids, weight, bias, transposed=transposed, activation=activation, gated=gated
-    )
+        x, expert_ids, weight, bias,
+        scale=scale, transposed=transposed, activation=activation, gated=gated,
+    )  # fmt: skip
     if not out.numel():
         return out
     pairs, (experts, *extents) = expert_ids.numel(), weight.shape
     inputs, outputs = extents if transposed else reversed(extents)
     spec = kernels.GroupedLinearSpec(
-        inputs, outputs, experts, bias is not None, transposed, activation, gated
-    )
+        inputs, outputs, experts, bias is not None, transposed, activation, gated,
+        scaled=scale is not None,
+    )  # fmt: skip
     kernels.grouped_linear(
         spec,
         x=x.contiguous(),
         expert_ids=expert_ids.contiguous(),
         weight=weight.contiguous(),
         bias=None if bias is None else bias.contiguous(),
+        scale=None if scale is None else scale.contiguous(),
         out=out,
         workspace=torch.empty(
             kernels.grouped_linear_workspace(spec, pairs) // 4, dtype=torch.int32, device=x.device
@@ -171,6 +193,7 @@ def grouped_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     transposed: bool = False,
     activation: str = "none",
     gated: bool = False,
@@ -185,8 +208,10 @@ def grouped_linear(
             each of them. float32, float16 or bfloat16.
         expert_ids: ``[tokens, k]``, int32 or int64: the experts of each token. A token may have an
             expert twice. The result for an id that is not an expert's is 0.
-        weight: ``[experts, out, in]``, of x's dtype.
+        weight: ``[experts, out, in]``, of x's dtype, or float8_e4m3fn with a ``scale``.
         bias: ``[experts, out]``, of x's dtype.
+        scale: ``[experts, out]`` float32, of weights that are float8_e4m3fn: what each output's
+            weights are multiplied with. The products are summed in float32 and rounded once.
         transposed: the weight is ``[experts, in, out]``.
         activation: one of `ACTIVATIONS`.
         gated: ``activation(first half of the outputs) * second half``.
@@ -196,11 +221,12 @@ def grouped_linear(
         of ``x @ weight[id].T + bias[id]``.
 
     Raises:
-        RuntimeError: shapes or dtypes do not fit. Quantized weights are not supported.
+        RuntimeError: shapes or dtypes do not fit.
     """
     out = torch.ops.inplace.grouped_linear(
-        x, expert_ids, weight, bias, transposed=transposed, activation=activation, gated=gated
-    )
+        x, expert_ids, weight, bias,
+        scale=scale, transposed=transposed, activation=activation, gated=gated,
+    )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
 

@@ -126,7 +126,11 @@ class LinearOperation(Operation):
 @register
 @dataclass(frozen=True)
 class GroupedLinearOperation(Operation):
-    """``inplace::grouped_linear``. Inputs: x, expert ids, weight, and the bias if there is one."""
+    """``inplace::grouped_linear``. Inputs: x, expert ids, weight, and the bias if there is one.
+
+    If ``scaled``, weights are 8-bit floats as words, as of `LinearOperation`; their scales are the
+    last input.
+    """
 
     name: ClassVar[str] = "InplaceGroupedLinear"
 
@@ -137,11 +141,12 @@ class GroupedLinearOperation(Operation):
     transposed: bool = False
     activation: str = field(default="none", metadata={"choices": ACTIVATIONS})
     gated: bool = False
+    scaled: bool = False
 
     @property
     def input_count(self) -> int:
-        """X, expert ids, weight, and the bias if there is one."""
-        return 3 + self.bias
+        """X, expert ids, weight, and bias and scales if there are such."""
+        return 3 + self.bias + self.scaled
 
     @property
     def spec(self) -> GroupedLinearSpec:
@@ -154,12 +159,17 @@ class GroupedLinearOperation(Operation):
             self.transposed,
             self.activation,
             self.gated,
+            self.scaled,
         )
 
     def accepts(self, position: int, dtypes: Sequence[torch.dtype]) -> bool:
-        """Ids are integers; all others have x's dtype."""
+        """Ids are integers; all have x's dtype, but words and scales of 8-bit weights."""
         if position == 1:
             return dtypes[1] in (torch.int32, torch.int64)
+        if self.scaled and position == 2:
+            return dtypes[2] is torch.int32
+        if self.scaled and position == self.input_count - 1:
+            return dtypes[position] is torch.float32
         return dtypes[position] in FLOATS and dtypes[position] is dtypes[0]
 
     def output_dtypes(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
@@ -177,12 +187,14 @@ class GroupedLinearOperation(Operation):
     def launch(self, call: Launch) -> None:
         """Launch `inplace.kernels.grouped_linear.grouped_linear`."""
         tokens, experts_per_token = call.shapes[1]
+        weight = call.inputs[2]
         grouped_linear(
             self.spec,
             x=call.inputs[0],
             expert_ids=call.inputs[1],
-            weight=call.inputs[2],
+            weight=Pointer(weight.address, FLOAT8) if self.scaled else weight,
             bias=call.inputs[3] if self.bias else None,
+            scale=call.inputs[3 + self.bias] if self.scaled else None,
             out=call.outputs[0],
             workspace=Pointer(call.workspace, torch.int32),
             tokens=tokens,

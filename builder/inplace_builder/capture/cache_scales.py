@@ -263,7 +263,7 @@ def _measure(model: PreTrainedModel, prompts: Sequence[Tensor]) -> dict[int, tup
             f"out"
         )
     if not all(torch.isfinite(x).all() for pair in largest.values() for x in pair):
-        raise BuildError(f"cache is fp8, and {kind} has keys or values that are no finite numbers")
+        raise BuildError(f"cache is fp8, and {kind} has keys or values that are not finite")
     return dict(sorted(largest.items()))
 
 

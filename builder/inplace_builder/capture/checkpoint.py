@@ -27,7 +27,12 @@ from inplace_builder.capture.quantized import (
     with_own_file,
     without_quantization,
 )
-from inplace_builder.capture.scaled_linear import has_scaled, round_all, use_stored
+from inplace_builder.capture.scaled_linear import (
+    has_scaled,
+    round_all,
+    round_experts,
+    use_stored,
+)
 from inplace_builder.capture.sources import ModelFiles, locate_model
 from inplace_builder.choices import WeightOptions
 from inplace_builder.errors import BuildError, brief
@@ -90,6 +95,9 @@ def load_model(
             notes["adapter"] = merge_lora(model, files.adapter)
     if weights.kind == "fp8" and not has_scaled(model):
         notes["weights"] = round_all(model, weights)
+    if weights.kind == "fp8":
+        with torch.no_grad():
+            notes["weights"] += round_experts(model, dtype.as_torch)
     return model.eval(), notes
 
 

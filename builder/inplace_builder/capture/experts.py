@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from inplace_builder.capture.checkpoint import quiet
+from inplace_builder.capture.scaled_linear import is_rounded
 from inplace_builder.errors import BuildError
 
 IMPLEMENTATION = "inplace"
@@ -58,11 +59,16 @@ def slot_experts(
 
 
 def _project(module: Any, name: str, x: Tensor, expert_ids: Tensor) -> Tensor:
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    scale = getattr(module, f"{name}_scale", None) if is_rounded(module) else None
+    if scale is not None:
+        weight = getattr(module, f"{name}_float8")
+        transposed = module.is_transposed
+        return grouped_linear(x, expert_ids, weight, bias, scale=scale, transposed=transposed)
     weight = getattr(module, name)
     if not isinstance(weight, Tensor) or weight.dtype not in GROUPED_DTYPES:
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise BuildError(f"{name} of {type(module).__name__} is {kind}; {NOT_QUANTIZED}")
-    bias = getattr(module, f"{name}_bias") if module.has_bias else None
     return grouped_linear(x, expert_ids, weight, bias, transposed=module.is_transposed)
 
 

@@ -144,7 +144,7 @@ def _capture_packed(model: PreTrainedModel, options: DecoderOptions) -> Capture:
         )
         scales = cache_scales(model)
         if scales is not None:
-            _check_scaled(model, layers, scales, own_attention=own_attention is not None)
+            _check_scaled(model, layers, scales, own_attention=call.own_attention is not None)
         dtype = Dtype.of(model.dtype) if scales is None else Dtype.FLOAT8_E4M3FN
         caches = _layer_caches(layers, dtype)
         states = (

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from inplace.operators import linear
-from inplace.operators.float8 import FLOAT8, dequantize, quantize
+from inplace.operators.float8 import FLOAT8, LARGEST, dequantize, quantize
 from inplace.schema.specs import WORD
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inplace_builder.choices import WeightOptions
 from inplace_builder.errors import BuildError
+
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+"""The weights of experts behind transformers' experts interface."""
 
 MIN_GROUP = 32
 """Groups in which rows can be rounded are a multiple."""
@@ -136,6 +139,61 @@ def round_all(model: PreTrainedModel, options: WeightOptions) -> str:
             f"inputs are a multiple of {WORD} beside its head: leave it out"
         )
     return _note(model, "rounded, with a scale for each output", rounded, options)
+
+
+def round_experts(model: nn.Module, dtype: torch.dtype) -> str:
+    """Round the weights of experts, with a scale for each output.
+
+    Scales are powers of two, so that the model's own weights become what the 8-bit floats stand
+    for, in its own type: its code, whatever it does with them, is the reference. The 8-bit floats
+    and their scales are buffers beside them, which a captured graph takes in their place.
+
+    Only experts behind transformers' experts interface, of which some projection fills words.
+
+    Args:
+        model: the model.
+        dtype: its element type.
+
+    Returns:
+        What was done, in words; empty if there are no such experts.
+    """
+    layers = 0
+    for module in list(model.modules()):
+        parts = [name for name in EXPERT_WEIGHTS if _takes_experts(module, name)]
+        for name in parts:
+            parameter: Any = getattr(module, name)
+            by_output = parameter.data.mT if module.is_transposed else parameter.data
+            largest = by_output.float().abs().amax(-1)
+            exponents = torch.ceil(torch.log2(largest.double() / LARGEST))
+            scale = torch.where(largest == 0, 1.0, exponents.exp2()).float()
+            values = (by_output.float() / scale[..., None]).to(FLOAT8)
+            by_output.copy_((values.float() * scale[..., None]).to(dtype))
+            stored = values.mT.contiguous() if module.is_transposed else values
+            module.register_buffer(f"{name}_float8", stored)
+            module.register_buffer(f"{name}_scale", scale)
+        layers += bool(parts)
+    return (
+        f"; experts of {layers} layers are fp8 too, rounded, with a power of two for each output"
+        if layers
+        else ""
+    )
+
+
+def is_rounded(module: nn.Module) -> bool:
+    """Whether `round_experts` has rounded some weights of these experts."""
+    return any(name.endswith("_float8") for name, _ in module.named_buffers(recurse=False))
+
+
+def _takes_experts(module: Any, name: str) -> bool:
+    """Whether a module has such weights of experts ``[experts, out, in]``, or transposed."""
+    weight = getattr(module, name, None)
+    return (
+        hasattr(module, "is_transposed")
+        and hasattr(module, "has_gate")
+        and isinstance(weight, nn.Parameter)
+        and weight.dim() == 3
+        and weight.shape[-1] % WORD == 0
+    )
 
 
 def has_scaled(model: nn.Module) -> bool:

@@ -56,16 +56,16 @@ def fuse(exported: AnyProgram) -> GraphProgram:
 def bindable_weights(program: GraphProgram) -> frozenset[str]:
     """Names of the weights that the runtime binds, so that the plan does not hold them.
 
-    These are the matrices of linear layers, experts and embeddings, and the scales of the first.
+    These are the matrices of linear layers, experts and embeddings, and scales of the first two.
     """
     linear = [node for node in program.graph.nodes if is_call(node, inplace.linear.default)]
-    grouped = (
+    grouped = [
         node for node in program.graph.nodes if is_call(node, inplace.grouped_linear.default)
-    )
+    ]
     weights = [
         *(node.args[2] for node in grouped),
         *(node.args[1] for node in linear),
-        *(node.kwargs.get("scale") for node in linear),
+        *(node.kwargs.get("scale") for node in (*linear, *grouped)),
         *(node.args[0] for node in program.graph.nodes if is_call(node, aten.embedding.default)),
     ]
     return frozenset(weight.name for weight in weights if isinstance(weight, Node))

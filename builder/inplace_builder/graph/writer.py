@@ -41,7 +41,8 @@ _CONSTANTS: dict[str, Mapping[str, Any]] = {
     "memory_format": MEMORY_FORMATS,
 }
 
-_LINEAR = "inplace::linear.default"
+_SCALED = {"inplace::linear.default": 1, "inplace::grouped_linear.default": 2}
+"""Operators that may have a scale, and which of their arguments is the weight that it is of."""
 
 MAX_POWER = 8
 """The largest power that is written as a product."""
@@ -62,10 +63,10 @@ def save_graphs(programs: Mapping[str, ExportedProgram], path: Path) -> dict[str
     with path.open("wb") as file:
         write_safetensors(file, storages, dict(zip(programs, texts, strict=True)))
     return {
-        call.args[1]["node"]: call.kwargs["scale"]["node"]
+        call.args[_SCALED[call.target]]["node"]: call.kwargs["scale"]["node"]
         for record in records
         for call in record.graph.nodes
-        if call.target == _LINEAR and call.kwargs.get("scale") is not None
+        if call.target in _SCALED and call.kwargs.get("scale") is not None
     }
 
 

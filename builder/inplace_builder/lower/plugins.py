@@ -112,11 +112,16 @@ def _linear(
     optional = {"bias": bias, "norm": norm, "residual": residual, "scaled": scale}
     present: dict[str, Any] = {name: part is not None for name, part in optional.items()}
     if scale is not None:
-        names = [str(each) for each in (ctx.node.args[1], ctx.node.kwargs["scale"])]
-        ctx.scales |= {names[0]: names[1]} if ctx.bound_weights.keys() >= set(names) else {}
+        _record_scale(ctx, ctx.node.args[1])
     operation = LinearOperation(inputs=inputs, outputs=outputs, **present, **options)
     parts = [part for part in optional.values() if part is not None]
     return _add(ctx, operation, [x, weight, *parts])[0]
+
+
+def _record_scale(ctx: Network, weight: object) -> None:
+    """Note which bound weight has the scales of this node's weight."""
+    names = [str(each) for each in (weight, ctx.node.kwargs["scale"])]
+    ctx.scales |= {names[0]: names[1]} if ctx.bound_weights.keys() >= set(names) else {}
 
 
 @converter(inplace.grouped_linear.default)
@@ -127,12 +132,14 @@ def _grouped_linear(
     weight: ITensor,
     bias: ITensor | None = None,
     *,
+    scale: ITensor | None = None,
     transposed: bool = False,
     **options: Any,
 ) -> ITensor:
     """The linear layers of experts, each on the tokens that are routed to it."""
     if not _has_plugins(ctx.tensorrt):
-        if options:
+        if options or scale is not None:
+            options = options if scale is None else {**options, "scale": "8-bit weights"}
             raise LoweringError(
                 f"{ctx.node.target}{ctx.origin} is lowered with {options} as a plugin only"
             )
@@ -145,9 +152,12 @@ def _grouped_linear(
         experts=experts,
         bias=bias is not None,
         transposed=transposed,
+        scaled=scale is not None,
         **options,
     )
-    parts = [] if bias is None else [bias]
+    if scale is not None:
+        _record_scale(ctx, ctx.node.args[2])
+    parts = [part for part in (bias, scale) if part is not None]
     ids = ctx.cast(expert_ids, torch.int32)
     return _add(ctx, operation, [x, ids, weight, *parts])[0]
 

@@ -50,8 +50,8 @@ class BuildOptions:
 
     Attributes:
         dtype: element type of weights and states.
-        weights: whether weights of a decoder's linear layers, but for its head, are 8-bit floats
-            (e4m3 with scales): ``fp8``, as the checkpoint has them or rounded;
+        weights: whether weights of a decoder's linear layers, but for its head, and of its experts
+            are 8-bit floats (e4m3 with scales): ``fp8``, as the checkpoint has them or rounded;
             ``dequantized``: they are not; ``auto``: as ``dequantized``.
         cache: whether keys and values of a decoder are cached as 8-bit floats (e4m3) with a scale
             for each layer and head: ``fp8``; ``auto``: in ``dtype``.

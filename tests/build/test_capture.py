@@ -114,13 +114,13 @@ def save(family: Family, folder: Path) -> PreTrainedModel:
     return model
 
 
-def eager_build(model: PreTrainedModel, output: Path, options: BuildOptions) -> Manifest:
-    """A build whose reference attends eagerly."""
-    return write_engine(
-        capture_decoder(model, DecoderOptions(options.capacity, options.max_rows, options.chunk)),
-        output,
-        options,
-    )
+def build_object(folder: Path, output: Path, options: BuildOptions) -> Manifest:
+    """A build of a model as it is loaded by default, with PyTorch's attention."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    decoder = DecoderOptions(options.capacity, options.max_rows, options.chunk)
+    manifest = write_engine(capture_decoder(model, decoder), output, options)
+    assert model.config._attn_implementation == "sdpa"
+    return manifest
 
 
 @pytest.fixture(scope="module", params=long_except(["gemma2", "qwen3", "gpt2"], FAMILIES))
@@ -131,10 +131,9 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         tmp_path_factory.mktemp("repository") / "model",
     )
     model = save(family, folder)
-    # The eager attention of the reference has the soft-cap; from its folder it is built in a
-    # test of its own.
+    # PyTorch's attention has no soft-cap: the reference attends eagerly, as the model here does.
     manifest = (
-        eager_build(model, path, OPTIONS)
+        build_object(folder, path, OPTIONS)
         if request.param == "gemma2"
         else build_decoder(folder, path, OPTIONS)
     )

@@ -9,6 +9,8 @@ from inplace.standalone import Engine
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.compare import same_bits
+from inplace_builder.states.adapt import attributes_of
+from inplace_builder.states.objects import ObjectArguments
 from inplace_builder.states.state import CapturedState
 from torch import Tensor, nn
 from torch.fx import Interpreter
@@ -31,8 +33,20 @@ def operators(capture: Capture | ExportedCapture) -> dict[str, int]:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """The tensors of a tree of arguments or results, in order."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """The tensors of a tree of arguments or results, in order; of objects too."""
+    leaves = pytree.tree_leaves(ObjectArguments((tree,), {}).args)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def own_state(module: nn.Module, source: str) -> Tensor:
+    """A state of a module by the name that its capture gives it: a buffer or an attribute."""
+    states = dict(module.named_buffers())
+    for path, value in attributes_of(module).items():
+        leaves = pytree.tree_leaves(value)
+        names = [path] if isinstance(value, Tensor) else [f"{path}_{x}" for x in range(len(leaves))]
+        states |= dict(zip(names, leaves, strict=True))
+    plain = {name.replace(".", "_"): tensor for name, tensor in states.items()}
+    return plain[source.replace(".", "_")]
 
 
 class EagerStates:
@@ -57,7 +71,7 @@ class EagerStates:
         return (
             self._given[whole.name]
             if whole.owner == "caller"
-            else self._module.get_buffer(whole.source)
+            else own_state(self._module, whole.source)
         )
 
 
@@ -158,7 +172,7 @@ def compare_engine(
         say = f"{{}} in step {step} of {title or type(module).__name__}".format
         for one, other in zip(tensors(result), tensors(expected), strict=True):
             torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=tolerance, msg=say)
-        buffers = [eager.get_buffer(name) for name in engine.states]
+        buffers = [own_state(eager, name) for name in engine.states]
         for one, other, old in zip(own, [*tensors(theirs[caller]), *buffers], before, strict=True):
             new = one.cpu()
             exact = None if new.dtype in HALF else tolerance

@@ -12,9 +12,10 @@ import builtins
 import collections
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
@@ -370,3 +371,65 @@ def _check_enums(value: Any, depth: int) -> None:
             owner = vars(owner).get(name) if owner is not None else None
         if not (isinstance(owner, type) and issubclass(owner, Enum)):
             raise ValueError(f"{value['fqn']} is not an enum of a module that is imported here")
+
+
+class Attributes(SimpleNamespace):
+    """The attributes of an object that hold tensors and numbers; a node of PyTorch's trees.
+
+    An engine of a module that takes a cache object takes that object too. Its files name no class
+    of the user's: any object with these attributes fits.
+    """
+
+
+def _flatten(node: Attributes) -> tuple[list[Any], list[str]]:
+    return [*vars(node).values()], [*vars(node)]
+
+
+def _flatten_with_keys(node: Attributes) -> tuple[list[tuple[Any, Any]], list[str]]:
+    return [(pytree.GetAttrKey(name), value) for name, value in vars(node).items()], [*vars(node)]
+
+
+def _unflatten(values: Iterable[Any], names: list[str]) -> Attributes:
+    return Attributes(**dict(zip(names, values, strict=True)))
+
+
+pytree.register_pytree_node(
+    Attributes,
+    _flatten,
+    _unflatten,
+    serialized_type_name="inplace.Attributes",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+
+
+def holds_objects(spec: pytree.TreeSpec) -> bool:
+    """Whether a tree takes the attributes of objects."""
+    return spec.type is Attributes or any(map(holds_objects, spec.children()))
+
+
+def with_attributes(spec: pytree.TreeSpec, given: Any) -> Any:
+    """A value in the shape of a tree: objects become their attributes where the tree has them.
+
+    Args:
+        spec: the tree.
+        given: the value; what does not fit is left as it is.
+
+    Raises:
+        ValueError: an object lacks an attribute.
+    """
+    if spec.type is Attributes:
+        missing = [name for name in spec.context if not hasattr(given, name)]
+        if missing:
+            raise ValueError(f"a {type(given).__name__} has no {', '.join(missing)}")
+        parts = zip(spec.context, spec.children(), strict=True)
+        return Attributes(
+            **{name: with_attributes(child, getattr(given, name)) for name, child in parts}
+        )
+    children = spec.children()
+    if isinstance(given, Mapping) and spec.type is type(given) and spec.type is dict:
+        parts = zip(spec.context, children, strict=True)
+        fits = {name: with_attributes(child, given[name]) for name, child in parts if name in given}
+        return {**given, **fits}
+    if spec.type in (list, tuple) and type(given) is spec.type and len(given) == len(children):
+        return spec.type(map(with_attributes, children, given))
+    return given

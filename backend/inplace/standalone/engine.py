@@ -18,7 +18,9 @@ from inplace.schema.standalone import (
     Result,
     StandaloneManifest,
     StandaloneState,
+    holds_objects,
     load_tree,
+    with_attributes,
 )
 from inplace.schema.tensor_file import as_dtype, read_tensors, write_tensors
 from inplace.standalone.execute import Runner, add_loaded, check_memory, open_runner
@@ -110,6 +112,7 @@ class Engine(nn.Module):
             _register(self.owned, source, tensor)
         self._folder, self._runner, self._checker = folder, runner, ArgumentChecker(manifest)
         self._inputs = _tree(manifest.call.in_spec, folder.path)
+        self._takes_objects = holds_objects(self._inputs)
         self._outputs = _tree(manifest.call.out_spec, folder.path)
         if (self._inputs.num_leaves, self._outputs.num_leaves) != (
             len(manifest.call.arguments),
@@ -264,6 +267,8 @@ class Engine(nn.Module):
             {name: named[name] for name in call.parameters[split:]},
         )
         try:
+            if self._takes_objects:
+                tree = with_attributes(self._inputs, tree)
             return list(self._inputs.flatten_up_to(tree))
         except ValueError as error:
             raise CallError(

@@ -139,9 +139,6 @@ def load_weights(
         arguments["config"] = dequantizing_config(config)
         if stored is not None:
             arguments |= {"config": without_quantization(config), "state_dict": stored.tensors}
-    # SDPA has no soft-cap: it would make a wrong reference of a model that has one
-    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    eager = {"attn_implementation": "eager"} if capped else {}
     try:
         with quiet(), files.without_adapter() as folder:
             dequantized = "state_dict" in arguments
@@ -152,7 +149,6 @@ def load_weights(
                 dtype=dtype.as_torch,
                 output_loading_info=True,
                 **arguments,
-                **eager,
             )
             for parameter in model.parameters() if fields is not None else ():
                 if parameter.dtype is torch.bfloat16:  # mxfp4 is dequantized to it

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.states.adapt import KeptValues, refuse_fake, states_only
+from inplace_builder.states.objects import ObjectArguments
 
 
 class EagerModule:
@@ -24,6 +25,7 @@ class EagerModule:
         places: the place of each input among the leaves of the arguments, by its name.
         pairs: the place of the new value of a state among what the module returns, by the place of
             the state among the leaves of the arguments.
+        objects: makes the objects that the module takes of the arguments; None if it takes none.
     """
 
     def __init__(
@@ -32,11 +34,12 @@ class EagerModule:
         arguments: Any,
         places: Mapping[str, int],
         pairs: Mapping[int, int],
+        objects: ObjectArguments | None = None,
     ) -> None:
         leaves, self._structure = pytree.tree_flatten(arguments)
         self._leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
         self._module, self._places, self._pairs = module, places, pairs
-        self._fresh = KeptValues(module)
+        self._fresh, self._objects = KeptValues(module), objects
 
     def run(self, requests: Sequence[Mapping[str, Tensor]]) -> list[Any]:
         """Call the module for the requests of one sequence.
@@ -58,7 +61,7 @@ class EagerModule:
                 args, kwargs = pytree.tree_unflatten(leaves, self._structure)
                 try:
                     with torch.no_grad():
-                        returned = pytree.tree_leaves(self._module(*args, **kwargs))
+                        returned = pytree.tree_leaves(self._call(args, kwargs))
                 except Exception as error:  # whatever a user's module raises
                     raise BuildError(
                         f"the module itself fails at request {index + 1} of a sequence: "
@@ -70,3 +73,8 @@ class EagerModule:
             states = states_only(self._pairs, returned)
             kept = [leaf for place, leaf in enumerate(returned) if place not in states]
             return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in kept]
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
+        if self._objects is None:
+            return self._module(*args, **kwargs)
+        return self._objects.call(self._module, args, kwargs)

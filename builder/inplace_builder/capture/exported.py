@@ -34,7 +34,7 @@ from inplace_builder.graph.passes import (
     remove_no_ops,
     resolve_constant_masks,
 )
-from inplace_builder.states.adapt import States, adapted_states
+from inplace_builder.states.adapt import AdaptedStates, States, adapted_states
 from inplace_builder.states.divide import divide_states
 from inplace_builder.states.lift import FunctionalGraph, lift_mutated_buffers
 from inplace_builder.states.rewrite import rewrite_updates
@@ -106,8 +106,7 @@ def capture_exported(
 
     Args:
         module: the module, or ``torch.export.export`` of it.
-        example_inputs: its positional arguments; also dicts, tuples and registered dataclasses of
-            tensors.
+        example_inputs: its positional arguments; also dicts, tuples and objects of tensors.
         states: ``auto``, or the names of exactly the inputs and buffers that are states, to have
             that checked. ``{input: output}`` for states that are passed in and returned: an output
             by its place, or by its key or field; it is an output no more, unless the module returns
@@ -136,10 +135,10 @@ def capture_exported(
     with adapted_states(module, example_inputs, kwargs, states) as adapted:
         functional = lift_mutated_buffers(
             module,
-            example_inputs,
+            adapted.args,
             states=adapted.states,
             dynamic_shapes=dynamic_shapes,
-            kwargs=kwargs,
+            kwargs=adapted.kwargs,
             shared=shared,
             batched=batched,
         )
@@ -174,21 +173,20 @@ def capture_exported(
     check_state_uses(functional.graph_module.graph, [state.name for state in captured])
     # 9. Export again, with a dynamic number of slots.
     exported = _export(functional, captured, rows)
-    arguments: Any = (tuple(example_inputs), dict(kwargs or {}))
     places = dict(zip(functional.inputs, functional.places, strict=True))
-    eager = functools.partial(_eager_module, module, arguments, places, adapted.pairs)
+    eager = functools.partial(_eager_module, module, adapted, places)
     return _described(exported, functional, original, eager, captured, rows)
 
 
 def _eager_module(
     module: torch.nn.Module | ExportedProgram,
-    arguments: Any,
+    adapted: AdaptedStates,
     places: Mapping[str, int],
-    pairs: Mapping[int, int],
 ) -> EagerModule:
+    arguments: Any = (adapted.args, dict(adapted.kwargs))
     if isinstance(module, ExportedProgram):
         module, arguments = module.module(), module.example_inputs
-    return EagerModule(module, arguments, places, pairs)
+    return EagerModule(module, arguments, places, adapted.pairs, adapted.objects)
 
 
 def _constants(module: GraphModule) -> dict[Node, Tensor]:

@@ -2,15 +2,17 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from inplace_builder.capture.cache_scales import cache_scales, rounding_cache
 from inplace_builder.capture.capture import Reference
+from inplace_builder.capture.checkpoint import quiet
 from inplace_builder.capture.decoder import TOKEN_IDS
 from inplace_builder.capture.model_memory import memory_argument, positions_argument
 from inplace_builder.capture.sparse import sparse_limits
@@ -20,6 +22,9 @@ REFERENCE_CHUNK = 1024
 """Tokens of the model's own forward; more are fed in several, through transformers' own cache."""
 
 
+OPTIONS = ("softcap", "s_aux")
+"""What layers pass to an attention function that may ignore it: soft-caps and sinks."""
+
 THRESHOLD_NAMES = ("window", "chunk", "floor_scale", "original_max_position", "local_attention")
 """Parts of the names of a configuration's fields that are positions where something changes."""
 
@@ -28,16 +33,18 @@ def references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
     """The fields of a capture that say what it is verified against, and how far.
 
     The model is the reference in its own type and, if that or its cache rounds, in float32 with a
-    cache that does not.
+    cache that does not. It attends by its own code where the attention function that it is set to
+    ignores something that it is given.
     """
+    eager = ignores_options(model)
     config = model.config.get_text_config(decoder=True)
     rounds = model.dtype in (torch.float16, torch.bfloat16)
 
     def float32_reference() -> Reference:
-        return reference(float32_copy(model), as_fed=as_fed, rounds_cache=False)
+        return reference(float32_copy(model), as_fed=as_fed, eager=eager, rounds_cache=False)
 
     def perturbed_reference(seed: int) -> Reference:
-        run = reference(model, as_fed=as_fed)
+        run = reference(model, as_fed=as_fed, eager=eager)
 
         def perturbed(requests: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
             with embeddings_rounded_otherwise(model, seed):
@@ -46,7 +53,7 @@ def references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
         return perturbed
 
     return {
-        "reference": reference(model, as_fed=as_fed),
+        "reference": reference(model, as_fed=as_fed, eager=eager),
         "float32_reference": (
             float32_reference if rounds or cache_scales(model) is not None else None
         ),
@@ -55,13 +62,16 @@ def references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
     }
 
 
-def reference(model: PreTrainedModel, *, as_fed: bool, rounds_cache: bool = True) -> Reference:
+def reference(
+    model: PreTrainedModel, *, as_fed: bool, eager: bool = False, rounds_cache: bool = True
+) -> Reference:
     """The model on one sequence.
 
     Args:
         model: the model.
         as_fed: feed the tokens of each request together, because tokens that are fed together see
             each other; else as few times as possible.
+        eager: let it attend by its own code.
         rounds_cache: round keys and values as the engine does, if it caches them in fp8.
     """
 
@@ -69,12 +79,52 @@ def reference(model: PreTrainedModel, *, as_fed: bool, rounds_cache: bool = True
         parts = [request[TOKEN_IDS].to(model.device) for request in requests]
         if not as_fed:
             parts = list(torch.cat(parts).split(REFERENCE_CHUNK))
-        with torch.no_grad():
+        with torch.no_grad(), eager_attention(model) if eager else nullcontext():
             cache = rounding_cache(model) if rounds_cache else None
             logits = _last_logits(model, parts, cache).float().cpu()
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
     return run
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model compute attention in its own code."""
+    original = model.config._attn_implementation
+    with quiet():
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        with quiet():
+            model.set_attn_implementation(original)
+
+
+def ignores_options(model: PreTrainedModel) -> bool:
+    """Whether the attention function that the model is set to ignores what its layers pass to it.
+
+    PyTorch's own (``sdpa``) has no soft-cap and no sinks, and transformers passes it both.
+    """
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    if implementation not in ALL_ATTENTION_FUNCTIONS:
+        return False  # the model's own code
+    attend = ALL_ATTENTION_FUNCTIONS[implementation]
+    known = inspect.signature(attend).parameters
+    ignored: set[str] = set()
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        given = {name for name in OPTIONS if kwargs.get(name) is not None}
+        ignored.update(given - known.keys())
+        return attend(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[implementation] = noting
+    try:
+        with quiet(), torch.no_grad():
+            token = torch.zeros(1, dtype=torch.int64, device=model.device)
+            _last_logits(model, [token], None)
+    finally:
+        ALL_ATTENTION_FUNCTIONS[implementation] = attend
+    return bool(ignored)
 
 
 @contextmanager

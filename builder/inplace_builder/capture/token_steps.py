@@ -8,8 +8,8 @@ all positions of its caches.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from inplace_builder.capture.experts import grouped_experts
 from inplace_builder.capture.exported import capture_exported
 from inplace_builder.capture.exported_rows import RowOptions, RowsModule, row_spec, unused_primes
 from inplace_builder.capture.model_memory import ModelMemory, positions_argument
+from inplace_builder.capture.reference import eager_attention, ignores_options
 from inplace_builder.compare import float32_copy
 from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.export import (
@@ -91,7 +92,7 @@ def capture_token_steps(
     rounds = model.dtype in (torch.float16, torch.bfloat16)
     _check_steps(float32_copy(model) if rounds else model, options.capacity)
     # 2. Capture one token of one sequence.
-    with quiet(), _eager_attention(model), grouped_experts(model):
+    with quiet(), eager_attention(model), grouped_experts(model):
         step = SequenceStep(model, options.capacity)
         # exported here: its states are its buffers, none is among what the model's own objects keep
         captured = capture_exported(
@@ -188,7 +189,7 @@ def _check_steps(model: PreTrainedModel, capacity: int) -> None:
     """Check that steps of one token have the scores of the forward over all of them.
 
     Args:
-        model: the model in float32; attention of the forward is in the model's own implementation.
+        model: the model in float32; its forward attends as the reference does.
         capacity: maximum number of positions of a sequence.
 
     Raises:
@@ -203,9 +204,11 @@ def _check_steps(model: PreTrainedModel, capacity: int) -> None:
     if padding is not None and 0 <= padding < config.vocab_size:
         ids[0, count // 4] = padding  # positions of some models skip it
     try:
+        eager = ignores_options(model)
         with quiet(), torch.no_grad():
-            expected = model(ids.to(model.device), use_cache=False).logits[0]
-            with _eager_attention(model):
+            with eager_attention(model) if eager else nullcontext():
+                expected = model(ids.to(model.device), use_cache=False).logits[0]
+            with eager_attention(model):
                 step = SequenceStep(model, capacity)
                 steps = [
                     step(step.token(token), step.position(at))
@@ -224,19 +227,6 @@ def _check_steps(model: PreTrainedModel, capacity: int) -> None:
             f"{name} gives other scores token by token than for all tokens at once, from position "
             f"{int(wrong.int().argmax())} on: a token depends on later ones, or on their number"
         )
-
-
-@contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model compute attention in its own code."""
-    original = model.config._attn_implementation
-    with quiet():
-        model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        with quiet():
-            model.set_attn_implementation(original)
 
 
 class _PackedStep(torch.nn.Module):

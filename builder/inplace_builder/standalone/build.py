@@ -76,8 +76,9 @@ def build(
     Args:
         module: the module; or ``torch.export.export`` of it, whose example inputs are taken. On the
             CPU or, for a TensorRT engine, on a GPU.
-        example_inputs: positional arguments; dicts, tuples and registered dataclasses of tensors
-            too.
+        example_inputs: positional arguments; dicts, tuples and objects of tensors too. Of an
+            object the attributes that are tensors, numbers and texts are taken, or hold such; an
+            engine takes any object that has these.
         path: the folder to write; an engine there is replaced, anything else refused.
         kwargs: keyword arguments.
         engine: ``torch``, which runs on the CPU; ``tensorrt``, built for the GPU of this machine
@@ -104,7 +105,7 @@ def build(
         )
     with adapted_states(module, example_inputs, kwargs, states) as adapted:
         exported = export_for(
-            module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
+            module, adapted.args, engine, dynamic_shapes=dynamic_shapes, kwargs=adapted.kwargs
         )
         capture = capture_exported(
             exported,
@@ -115,7 +116,7 @@ def build(
         )
         call = describe_call(exported, capture)
         # on the device where the module takes them
-        arguments: Any = (tuple(example_inputs), dict(kwargs or {}))
+        arguments: Any = (adapted.args, dict(adapted.kwargs))
         if isinstance(module, torch.nn.Module):
             reference = module
         else:

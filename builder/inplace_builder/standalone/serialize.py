@@ -114,9 +114,9 @@ def serialize(
         BuildError: as in `inplace_builder.build`; or buffers are mutated and not lifted.
         LoadError: the TensorRT that was asked for is not installed.
     """
-    with adapted_states(module, example_inputs, kwargs):
+    with adapted_states(module, example_inputs, kwargs) as adapted:
         exported = export_for(
-            module, example_inputs, engine, dynamic_shapes=dynamic_shapes, kwargs=kwargs
+            module, adapted.args, engine, dynamic_shapes=dynamic_shapes, kwargs=adapted.kwargs
         )
     capture = capture_exported(
         exported, assume_consecutive=assume_consecutive, strict=strict, alignment=alignment(engine)

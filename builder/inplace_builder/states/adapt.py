@@ -11,10 +11,9 @@ import functools
 import inspect
 import sys
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +24,11 @@ from torch.utils import _pytree as pytree
 
 from inplace_builder.compare import same_bits
 from inplace_builder.errors import BuildError, brief
+from inplace_builder.states.objects import (
+    ObjectArguments,
+    attribute_mapping,
+    attributes_of_object,
+)
 
 Output = int | str
 """The place of an output among the leaves of what a module returns; or the field or key of it."""
@@ -61,15 +65,18 @@ def adapted_states(
     if isinstance(module, ExportedProgram):
         if isinstance(states, Mapping):
             raise BuildError("states={input: output} needs the module itself, not its export")
-        yield AdaptedStates(states, {})
+        yield AdaptedStates(states, {}, tuple(example_inputs), dict(kwargs or {}))
         return
     if any(nn.parameter.is_lazy(each) for each in [*module.parameters(), *module.buffers()]):
         raise BuildError(
             "the module has lazy parameters, whose extents are not known yet: call it once "
             "before it is captured"
         )
+    given = ObjectArguments(tuple(example_inputs), kwargs or {})
     with KeptValues(module).kept():
-        yield _adapted(module, example_inputs, kwargs, states)
+        if given.has_objects:
+            _make_objects(module, given)
+        yield _adapted(module, given, states)
 
 
 @dataclass(frozen=True)
@@ -80,21 +87,33 @@ class AdaptedStates:
         states: what remains of the names of the states.
         pairs: of states that are passed in and returned, the place of the new value among the
             leaves of what the user's module returns, by the place among those of its arguments.
+        args, kwargs: the arguments, with the attributes of objects in their place.
+        objects: the arguments with their objects, if there are any.
     """
 
     states: str | Collection[str]
     pairs: Mapping[int, int]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    objects: ObjectArguments | None = None
 
 
-def _adapted(
-    module: nn.Module,
-    example_inputs: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    states: States,
-) -> AdaptedStates:
+def _make_objects(module: nn.Module, given: ObjectArguments) -> None:
+    """Let a module take the attributes of objects in their place."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        return given.call(forward, args, kwargs)
+
+    module.__dict__["forward"] = adapted
+
+
+def _adapted(module: nn.Module, given: ObjectArguments, states: States) -> AdaptedStates:
     """Find the states of a module by calling it, and let it write them."""
+    objects = given if given.has_objects else None
     try:
-        call = _ModuleCall.of(module, example_inputs, kwargs)
+        call = _ModuleCall.of(module, given.args, given.kwargs)
     except BuildError:
         raise
     except Exception as error:  # of any type: else the export shows what is wrong with the call
@@ -102,7 +121,7 @@ def _adapted(
             raise BuildError(
                 f"states: the module cannot be called with its example inputs: {brief(error)}"
             ) from error
-        return AdaptedStates(states, {})
+        return AdaptedStates(states, {}, given.args, given.kwargs, objects)
     if call.attributes:
         _register_attributes(module, call.attributes)
         for path in call.attributes:
@@ -124,7 +143,8 @@ def _adapted(
         pairs = {}
     if pairs:
         _write_returned(module, pairs)
-    return AdaptedStates("auto" if isinstance(states, Mapping) else states, pairs)
+    remaining = "auto" if isinstance(states, Mapping) else states
+    return AdaptedStates(remaining, pairs, given.args, given.kwargs, objects)
 
 
 def _reason(call: "_ModuleCall", place: int, path: Sequence[Any]) -> str:
@@ -173,6 +193,12 @@ class _ModuleCall:
             for name, tensor in [*module.named_parameters(), *buffers.items()]
         }
         before = {path: _snapshot(value) for path, value in attributes_of(module).items()}
+        known = {_memory(tensor) for tensor in own}
+        kept = {
+            path: [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor)]
+            for path, (_, leaves, _) in before.items()
+            if not any(isinstance(x, Tensor) and _memory(x) in known for x in leaves)
+        }  # one that shares a buffer's memory is a part of that
         with (
             KeptValues(module, parameters=True).kept(),
             torch.no_grad(),
@@ -197,6 +223,9 @@ class _ModuleCall:
         self.keys = {
             place: _key(paths[place][2:]) or self.inputs[place][0] for place in self.inputs
         }
+        written = {
+            path for path, pairs in kept.items() if any(x._version != old for x, old in pairs)
+        }
         if moved:
             raise BuildError(
                 f"{moved[0]} of the module gets other memory in a step, by {moved[0]}.data = … or "
@@ -204,9 +233,17 @@ class _ModuleCall:
             )
         _refuse_late(module, after)
         self.attributes = {
-            path: value[0] for path, value in before.items() if _changed(path, *value, after)
+            path: value[0]
+            for path, value in before.items()
+            if _changed(path, *value, after) or path in written
         }
         return self
+
+
+def _memory(tensor: Tensor) -> int:
+    """The memory that a tensor is in; 0 for one without."""
+    is_plain = tensor.layout is torch.strided and tensor.device.type != "meta"
+    return tensor.untyped_storage().data_ptr() if is_plain else 0
 
 
 def _is_moved(old: Tensor, tensor: Tensor) -> bool:
@@ -260,7 +297,7 @@ def _refuse_late(module: nn.Module, after: Mapping[str, list[Any]]) -> None:
     for path, leaves in after.items():
         prefix, _, name = path.rpartition(".")
         holder = holder_of(module, prefix)
-        old = getattr(holder, "__dict__", {}).get(name, _MISSING)
+        old = attribute_mapping(holder).get(name, _MISSING) if holder is not None else _MISSING
         if isinstance(holder, nn.Module) and name in holder._buffers:
             old = holder._buffers[name]
         if old is None or (old is not _MISSING and not pytree.tree_leaves(old)):
@@ -296,7 +333,7 @@ def _changed(
     same = len(new) == len(leaves) and all(
         a is b if isinstance(a, Tensor) else type(a) is type(b) and a == b
         for a, b in zip(leaves, new, strict=False)
-    )  # a tensor that is written in place needs no help: the export finds it
+    )
     if same:
         return False
     if isinstance(old, int | float):
@@ -335,19 +372,19 @@ def _register_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> No
         for each, leaf in zip(names, leaves, strict=True):
             module.get_submodule(owner).register_buffer(each, leaf, persistent=False)
         # the module's own, as others may refer to it: torch.export leaves a copy in its place
-        containers[path] = (owner, names, spec, vars(part)[name])
+        containers[path] = (owner, names, spec, attribute_mapping(part)[name])
     if not containers:
         return
     forward = module.forward
 
     @functools.wraps(forward)
     def adapted(*args: Any, **kwargs: Any) -> Any:
-        kept: list[tuple[dict[str, Any], str, Any, Any]] = []
+        kept: list[tuple[MutableMapping[str, Any], str, Any, Any]] = []
         states: list[tuple[str, list[Tensor]]] = []
         links = [link for path in containers for link in _links(module, path)[:-1]]
         for path, (owner, names, spec, original) in containers.items():
             prefix, _, name = path.rpartition(".")
-            attributes = vars(holder_of(module, prefix))
+            attributes = attribute_mapping(holder_of(module, prefix))
             tensors = [module.get_submodule(owner).get_buffer(each) for each in names]
             content = pytree.tree_map(lambda leaf: leaf, original)
             kept.append((attributes, name, original, content))
@@ -357,7 +394,7 @@ def _register_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> No
             returned = forward(*args, **kwargs)
             for path, tensors in states:
                 prefix, _, name = path.rpartition(".")
-                new = pytree.tree_leaves(vars(holder_of(module, prefix))[name])
+                new = pytree.tree_leaves(attribute_mapping(holder_of(module, prefix))[name])
                 _copy_all(zip(tensors, new, strict=True))
         finally:
             for container, key, value in links:  # a step may have put another object there
@@ -380,7 +417,8 @@ def _links(module: nn.Module, path: str) -> list[tuple[Any, Any, Any]]:
             continue
         in_order = isinstance(holder, list | tuple)
         key: Any = int(name) if in_order else name
-        container = holder if in_order or isinstance(holder, dict) else vars(holder)
+        is_container = in_order or isinstance(holder, dict)
+        container = holder if is_container else attribute_mapping(holder)
         value = container[key]
         if not isinstance(container, tuple):
             links.append((container, key, value))
@@ -562,6 +600,9 @@ def _without(returned: Any, states: Collection[int]) -> Any:
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 """Attributes of every module that are PyTorch's."""
 
+_PLAIN = (Tensor, bool, int, float, str, type(None))
+"""What a container may hold to be one attribute; else each item of it is one."""
+
 MAX_DEPTH = 3
 """Objects, lists and dictionaries between a module and an attribute with a tensor."""
 
@@ -577,7 +618,9 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
 
     def collect(path: str, value: Any, depth: int) -> None:
         leaves = pytree.tree_leaves(value)
-        if isinstance(value, int | float) or any(isinstance(x, Tensor) for x in leaves):
+        has_tensors = any(isinstance(x, Tensor) for x in leaves)
+        holds_others = any(not isinstance(x, _PLAIN) for x in leaves)
+        if isinstance(value, int | float) or (has_tensors and not holds_others):
             attributes[path] = value
         elif depth < MAX_DEPTH and id(value) not in seen:
             seen.add(id(value))
@@ -609,16 +652,7 @@ def _contents(value: Any) -> list[tuple[str, Any]]:
         return [(str(place), each) for place, each in enumerate(value)]
     if isinstance(value, dict):
         return [(key, each) for key, each in value.items() if isinstance(key, str)]
-    return [*_attributes(value).items()]
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """The attributes of an object that may be a module's own; none of PyTorch's objects."""
-    known = isinstance(value, nn.Module | ModuleType | type | torch.dtype) or callable(value)
-    if known or type(value).__module__.partition(".")[0] == "torch":
-        return {}
-    attributes: dict[str, Any] = getattr(value, "__dict__", {})
-    return attributes
+    return [*attributes_of_object(value).items()]
 
 
 class KeptValues:
@@ -655,14 +689,14 @@ class KeptValues:
         if isinstance(value, Tensor):
             if self._parameters or not isinstance(value, nn.Parameter):
                 self._keep_tensor(value)
-        elif isinstance(value, dict | list | deque | set | tuple):
+        elif isinstance(value, MutableMapping | list | deque | set | tuple):
             if not isinstance(value, tuple):
                 self._containers.append((value, _content(value)))
             for each in _content(value):
                 self._keep(each, depth)
         elif isinstance(value, nn.Module):
             self._keep(vars(value), 0)
-        elif depth < MAX_DEPTH and (attributes := _attributes(value)):
+        elif depth < MAX_DEPTH and (attributes := attributes_of_object(value)):
             self._keep(attributes, depth + 1)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
@@ -675,7 +709,7 @@ class KeptValues:
             if [*map(id, _content(container))] != [*map(id, content)]:
                 container.clear()
                 half = len(content) // 2
-                if isinstance(container, dict):
+                if isinstance(container, MutableMapping):
                     container.update(zip(content[:half], content[half:], strict=True))
                 elif isinstance(container, set):
                     container.update(content)
@@ -689,7 +723,9 @@ class KeptValues:
 
 def _content(container: Any) -> list[Any]:
     """What a container holds; of a dictionary the keys, then the values."""
-    return [*container, *container.values()] if isinstance(container, dict) else [*container]
+    if isinstance(container, MutableMapping):
+        return [*container, *container.values()]
+    return [*container]
 
 
 def refuse_fake(returned: Iterable[Any]) -> None:

@@ -8,6 +8,7 @@ TensorRT engine.
 from support.corpus.attention import ATTENTIONS, BLOCKS
 from support.corpus.case import ModuleCase
 from support.corpus.layers import DIVIDED
+from support.corpus.objects import OBJECTS
 from support.corpus.states import STATES
 from support.corpus.writes import APPENDS, EXPLICIT, PLACED
 
@@ -17,6 +18,7 @@ KINDS = {
     "explicit": EXPLICIT,
     "attention": ATTENTIONS,
     "states": STATES,
+    "objects": OBJECTS,
     "layers": DIVIDED,
 }
 CORPUS: dict[str, ModuleCase] = {case.name: case for cases in KINDS.values() for case in cases}
@@ -41,6 +43,9 @@ BUILT = (
     "recurrent",
     "exchange",
     "states in a dataclass",
+    "caches in objects",
+    "caches in objects that are attributes",
+    "StaticCache as an argument",
     "buffer that is assigned",
     "transposed copy, symmetric at first",
     "copy that is broadcast, seen as a row",

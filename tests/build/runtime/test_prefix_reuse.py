@@ -1,5 +1,7 @@
 """Prefix reuse: a prompt begins with the states that an earlier sequence of its salt has left."""
 
+import statistics
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +15,11 @@ from inplace.runtime.prefixes import MIN_COPIED_TOKENS
 from inplace.schema.prefixes import PrefixOptions
 from support.copying import is_poisoned, poison
 from support.driving import RecordingEngine, random_tokens
+from support.engines import Engines
+from support.generating import long_stream
 from support.models import CHUNK, SLOTS, Repository, greedy, open_instance
 from support.streaming import RecordingChannel, StreamClient
+from support.streams import prompt as random_prompt
 from torch import Tensor
 
 ALICE: dict[str, Any] = {"sequence_key": "alice"}
@@ -197,6 +202,24 @@ def test_only_sequences_of_one_salt_share(
     client.run("second", [*LONG, 7], **second)
     assert client.computed() == (1 if shares else len(LONG) + 1)
     assert client.reused() == (len(LONG) if shares else 0)
+
+
+@pytest.mark.long
+def test_the_time_to_the_first_token_tells_nothing_of_other_tenants(
+    engines: Engines, opened: list[Reusing]
+) -> None:
+    _, model = long_stream(engines, 8)
+    opened.append(client := Reusing(open_instance(model), PrefixOptions()))
+    took: dict[str, list[float]] = {"fresh": [], "other tenant": [], "again": []}
+    for number in range(9):
+        ids = random_prompt(number, 640)
+        for name, key in (("fresh", ALICE), ("other tenant", BOB), ("again", ALICE)):
+            begin = time.perf_counter()
+            client.generate(f"{name} {number}", ids, 1, end=True, **key).wait()
+            took[name].append(time.perf_counter() - begin)
+    fresh, other, again = map(statistics.median, took.values())
+    assert again < 0.5 * fresh, took
+    assert other > 0.75 * fresh, took
 
 
 def test_a_part_of_a_kept_prefix_is_copied_and_the_slot_stays(client: Reusing) -> None:

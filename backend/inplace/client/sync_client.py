@@ -246,7 +246,7 @@ class Sequence:
         """Send the next inputs to a model that streams; iterate over its responses as they come.
 
         Each has the next ``tokens`` and their ``text_output``. The last one has a
-        ``finish_reason`` and the outputs that are no tokens. `step` returns all of them joined.
+        ``finish_reason`` and the outputs that are not tokens. `step` returns all of them joined.
 
         Args:
             inputs, end, parameters, outputs, request_id: as for `step`.
@@ -438,7 +438,7 @@ class Sequence:
         self._close_stream()
 
     def _ask(self, request: InferRequest, model: ModelMetadata) -> ClientError | None:
-        """Send a request that is no part of the sequence; returns the error, if it has one."""
+        """Send a request that is not part of the sequence; returns the error, if it has one."""
         try:
             if model.decoupled:
                 if self._stream is None:

@@ -191,7 +191,7 @@ def read_scales(source: Path | str) -> dict[int, dict[str, Tensor]]:
     """The scales of cached keys and values that a checkpoint has, by layer and kind.
 
     Raises:
-        BuildError: there are two for one layer, or one that is no positive number.
+        BuildError: there are two for one layer, or one that is not a positive number.
     """
     files = locate_model(Path(source))
     found: dict[int, dict[str, Tensor]] = {}

@@ -126,13 +126,31 @@ PROMPT_TOP_LOGPROBS, PROMPT_TOP_TOKENS = "prompt_top_logprobs", "prompt_top_toke
 """Outputs of requests with `PROMPT_LOGPROBS`."""
 
 
-def logprob_outputs(logprobs: int | None) -> frozenset[str]:
+PROMPT_OUTPUTS = (
+    PROMPT_TOKENS,
+    PROMPT_TOKEN_LOGPROBS,
+    PROMPT_RANKS,
+    PROMPT_TOP_LOGPROBS,
+    PROMPT_TOP_TOKENS,
+)
+"""All of them; the last two if the parameter is above 0."""
+
+
+def logprob_outputs(logprobs: object) -> tuple[str, ...]:
     """The names of the outputs that a value of the parameter ``logprobs`` asks for.
 
     Args:
-        logprobs: how many of the most likely tokens; None if the parameter is absent.
+        logprobs: how many of the most likely tokens, a number or its text; None if the parameter is
+            absent.
     """
     if logprobs is None:
-        return frozenset()
-    top = (TOP_LOGPROBS, TOP_TOKENS) if logprobs else ()
-    return frozenset({TOKEN_LOGPROBS, *top})
+        return ()
+    top = () if logprobs in (0, "0") else (TOP_LOGPROBS, TOP_TOKENS)
+    return (TOKEN_LOGPROBS, *top)
+
+
+def prompt_outputs(number: object) -> tuple[str, ...]:
+    """The same of the parameter ``prompt_logprobs``: those of `PROMPT_OUTPUTS`."""
+    if number is None:
+        return ()
+    return PROMPT_OUTPUTS[:3] if number in (0, "0") else PROMPT_OUTPUTS

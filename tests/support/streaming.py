@@ -11,7 +11,7 @@ from inplace.drivers import StreamDriver
 from inplace.drivers.reply import Outputs
 from inplace.engines import Finish, StepEngine
 from inplace.errors import Code, RequestError
-from inplace.runtime.prompt import PROMPT_OUTPUTS
+from inplace.protocol import PROMPT_OUTPUTS
 from inplace.runtime.requests import Request
 from inplace.runtime.slots import SequenceId
 from torch import Tensor

@@ -9,7 +9,6 @@ from tritonclient.utils import InferenceServerException
 
 from inplace.client.errors import RefusedError
 from inplace.client.logprobs import (
-    PROMPT_OUTPUTS,
     PromptLogprob,
     TokenLogprob,
     decode_logprobs,
@@ -32,6 +31,7 @@ from inplace.protocol import (
     MIN_TOKENS,
     NUM_GENERATED,
     PROMPT_LOGPROBS,
+    PROMPT_OUTPUTS,
     REUSED_TOKENS,
     STOP,
     TEXT,

@@ -8,10 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inplace.protocol import (
-    PROMPT_RANKS,
-    PROMPT_TOKEN_LOGPROBS,
+    PROMPT_OUTPUTS,
     PROMPT_TOKENS,
-    PROMPT_TOP_LOGPROBS,
     PROMPT_TOP_TOKENS,
     TOKEN_LOGPROBS,
     TOP_LOGPROBS,
@@ -19,30 +17,6 @@ from inplace.protocol import (
 )
 
 Array = NDArray[np.generic]
-
-PROMPT_OUTPUTS = (
-    PROMPT_TOKENS,
-    PROMPT_TOKEN_LOGPROBS,
-    PROMPT_RANKS,
-    PROMPT_TOP_LOGPROBS,
-    PROMPT_TOP_TOKENS,
-)
-"""The outputs of the parameter ``prompt_logprobs``."""
-
-
-def logprob_outputs(logprobs: object) -> tuple[str, ...]:
-    """The outputs with log-probabilities that the parameter ``logprobs`` asks for."""
-    if logprobs is None:
-        return ()
-    top = () if logprobs in (0, "0") else (TOP_LOGPROBS, TOP_TOKENS)
-    return (TOKEN_LOGPROBS, *top)
-
-
-def prompt_outputs(number: object) -> tuple[str, ...]:
-    """The outputs that the parameter ``prompt_logprobs`` asks for."""
-    if number is None:
-        return ()
-    return PROMPT_OUTPUTS[:3] if number in (0, "0") else PROMPT_OUTPUTS
 
 
 def keep_own_tokens(outputs: Mapping[str, Array], count: int | None) -> dict[str, Array]:

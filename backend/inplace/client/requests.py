@@ -13,7 +13,6 @@ from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from inplace.client.errors import parse_error
-from inplace.client.logprobs import PROMPT_OUTPUTS, logprob_outputs, prompt_outputs
 from inplace.errors import RequestError
 from inplace.parameters import (
     BY_NAME,
@@ -37,6 +36,7 @@ from inplace.protocol import (
     POSITIONS,
     PREFIX_REUSE,
     PROMPT_LOGPROBS,
+    PROMPT_OUTPUTS,
     REQUESTS,
     RESTORE,
     REUSED_TOKENS,
@@ -50,6 +50,8 @@ from inplace.protocol import (
     TOKENS,
     TOP_LOGPROBS,
     TOP_TOKENS,
+    logprob_outputs,
+    prompt_outputs,
 )
 
 Array = NDArray[np.generic]

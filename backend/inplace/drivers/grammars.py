@@ -23,14 +23,13 @@ class PendingMasks:
     """Generations that no step runs until they have their next mask.
 
     Used on the engine's thread alone.
+
+    Attributes:
+        pending: each generation that waits, and why it ends, by its matcher.
     """
 
     def __init__(self) -> None:
-        self._pending: dict[GrammarMatcher, tuple[StreamRequest, FinishReason | None]] = {}
-
-    def __bool__(self) -> bool:
-        """Whether any generation waits for a mask."""
-        return bool(self._pending)
+        self.pending: dict[GrammarMatcher, tuple[StreamRequest, FinishReason | None]] = {}
 
     def add(self, request: StreamRequest, reason: FinishReason | None = None) -> None:
         """Wait for the next mask of a generation, which its matcher has been asked for.
@@ -40,12 +39,12 @@ class PendingMasks:
             reason: why it ends with its last token, unless its grammar is complete.
         """
         assert request.matcher is not None
-        self._pending[request.matcher] = request, reason
+        self.pending[request.matcher] = request, reason
 
     def discard(self, request: StreamRequest) -> None:
         """Forget a request that has been answered, and close its matcher."""
         if request.matcher is not None:
-            self._pending.pop(request.matcher, None)
+            self.pending.pop(request.matcher, None)
             request.matcher.close()
             request.matcher = None
 
@@ -56,15 +55,15 @@ class PendingMasks:
 
     def receive(self, timeout: float = 0.0) -> list[Ready]:
         """The generations with an answer; waits up to ``timeout`` seconds for the first."""
-        if not self._pending:
+        if not self.pending:
             return []
-        ready = wait_for_masks(self._pending, timeout)
+        ready = wait_for_masks(self.pending, timeout)
         return [(request, each.receive(), reason) for each, request, reason in self._taken(ready)]
 
     def _taken(
         self, matchers: Iterable[GrammarMatcher]
     ) -> list[tuple[GrammarMatcher, StreamRequest, FinishReason | None]]:
-        return [(each, *self._pending.pop(each)) for each in matchers]
+        return [(each, *self.pending.pop(each)) for each in matchers]
 
     def gather(self, released: AbstractContextManager[object], timeout: float) -> list[Ready]:
         """As `receive`, and those whose answers come soon after the first.
@@ -76,7 +75,7 @@ class PendingMasks:
         with released:
             ready = self.receive(timeout)
         until = monotonic() + MAX_MASK_WAIT
-        while ready and self._pending and monotonic() < until:
+        while ready and self.pending and monotonic() < until:
             with released:
                 ready += self.receive(MAX_MASK_WAIT)
         return ready

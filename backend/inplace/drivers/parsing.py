@@ -25,6 +25,7 @@ from inplace.protocol import (
     MAX_TOKENS,
     MIN_TOKENS,
     NUM_GENERATED,
+    PROMPT_OUTPUTS,
     REUSED_TOKENS,
     STOP,
     STOP_TOKEN_IDS,
@@ -34,7 +35,6 @@ from inplace.protocol import (
 )
 from inplace.runtime.audio import check_audio_parameters
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.prompt import PROMPT_OUTPUTS
 from inplace.runtime.requests import Request, SamplingParams, ValidatedRequest, check_available
 from inplace.runtime.schedules import ScheduledInstance
 from inplace.schema.programs import Program
@@ -82,8 +82,8 @@ class RequestParser:
         if instance.program.max_adjusted:
             self._generation_outputs |= {role.value for role in LOGPROB_ROLES}
         if instance.prompt_engine is not None:
-            self._step_outputs |= PROMPT_OUTPUTS
-            self._generation_outputs |= PROMPT_OUTPUTS
+            self._step_outputs |= set(PROMPT_OUTPUTS)
+            self._generation_outputs |= set(PROMPT_OUTPUTS)
         if (tokenizer := tokenizer_config.tokenizer) is not None:
             self._special_tokens = special_tokens(tokenizer)
             self._first_tokens = first_tokens(tokenizer)

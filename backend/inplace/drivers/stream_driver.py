@@ -319,7 +319,7 @@ class EngineLoop:
 
     def _wait_for_message(self, timeout: float) -> Message:
         self._responses.flush()
-        if self._masks:
+        if self._masks.pending:
             self._on_masks(self._masks.gather(self._gil.released, MASK_POLL_INTERVAL))
             return self._inbox.get_nowait()
         with self._gil.released:
@@ -405,7 +405,8 @@ class EngineLoop:
                     return rejected.sequence_id
             elif self._admit(request):
                 return None
-            self._masks.discard(request)
+            if request.matcher is not None:
+                self._masks.discard(request)
             self._queues.remove(request)
         return None
 
@@ -437,7 +438,8 @@ class EngineLoop:
     def _remove(self, request: StreamRequest) -> None:
         """Remove a request that has been answered and start the next one of its sequence."""
         self._watcher.remove(request)
-        self._masks.discard(request)
+        if request.matcher is not None:
+            self._masks.discard(request)
         if self._queues.remove(request):
             self.start_next(request.sequence_id)
 
@@ -628,7 +630,8 @@ class EngineLoop:
 
     def _receive_masks(self) -> None:
         """Let the generations go on whose masks have arrived. Does not wait."""
-        self._on_masks(self._masks.receive())
+        if self._masks.pending:
+            self._on_masks(self._masks.receive())
 
     def _on_masks(self, ready: list[Ready]) -> None:
         for request, following, reason in ready:

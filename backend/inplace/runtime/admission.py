@@ -10,11 +10,19 @@ import torch
 from inplace.engines.arena import Arena
 from inplace.errors import RESTORED, Code, LoadError, RequestError
 from inplace.parameters import forwards_nothing, parse_parameters
-from inplace.protocol import FORGET, GROUP, LOGITS, LOGPROBS, PROMPT_LOGPROBS
+from inplace.protocol import (
+    FORGET,
+    GROUP,
+    LOGITS,
+    LOGPROBS,
+    PROMPT_LOGPROBS,
+    PROMPT_OUTPUTS,
+    prompt_outputs,
+)
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.observer import Observer
 from inplace.runtime.prefixes import PrefixCache
-from inplace.runtime.prompt import PROMPT_OUTPUTS, PromptLogprobs, prompt_outputs
+from inplace.runtime.prompt import PromptLogprobs
 from inplace.runtime.requests import Request, ValidatedRequest, validate_inputs
 from inplace.runtime.sampling import ScoreAdjustments
 from inplace.runtime.slots import EndReason, SequenceState, SlotTable
@@ -70,7 +78,7 @@ class Admission:
             spec.name for spec in outputs if spec.on_request and spec.role not in LOGPROB_ROLES
         )
         self._all_outputs = frozenset(spec.name for spec in outputs)
-        prompt = frozenset[str]() if prompt_program is None else PROMPT_OUTPUTS
+        prompt = frozenset(() if prompt_program is None else PROMPT_OUTPUTS)
         self._logprob_outputs = prompt.union(
             spec.name for spec in outputs if spec.role in LOGPROB_ROLES
         )
@@ -158,7 +166,7 @@ class Admission:
                 validated.requested_outputs |= sampling_params.outputs
             validated.prompt_logprobs = request.prompt_logprobs(self._prompt_program)
             self._check_logprob_outputs(
-                request, sampling_params.outputs | prompt_outputs(validated.prompt_logprobs)
+                request, sampling_params.outputs.union(prompt_outputs(validated.prompt_logprobs))
             )
             validated.position = request.position()
             validated.source = request.source()

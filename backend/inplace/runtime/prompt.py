@@ -26,19 +26,8 @@ TOKEN_OUTPUTS = frozenset(role.value for role in PROMPT_LOGPROB_ROLES)
 """Names of the outputs that have an entry for each token."""
 
 
-PROMPT_OUTPUTS = TOKEN_OUTPUTS | {PROMPT_TOKENS}
-"""Names of the outputs of the parameter ``prompt_logprobs``."""
-
-
 TOP_OUTPUTS = frozenset({PROMPT_TOP_LOGPROBS, PROMPT_TOP_TOKENS})
-"""Those of them that a parameter above 0 asks for."""
-
-
-def prompt_outputs(number: int | None) -> frozenset[str]:
-    """The outputs that the parameter ``prompt_logprobs`` asks for; none without it."""
-    if number is None:
-        return frozenset()
-    return PROMPT_OUTPUTS if number else PROMPT_OUTPUTS - TOP_OUTPUTS
+"""The outputs that only a parameter above 0 asks for."""
 
 
 UNKNOWN = {

@@ -124,7 +124,7 @@ class SamplingParams:
     @property
     def outputs(self) -> frozenset[str]:
         """The names of the outputs with log-probabilities that it asks for."""
-        return logprob_outputs(self.logprobs)
+        return frozenset(logprob_outputs(self.logprobs))
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Parameter], program: Program) -> Self:

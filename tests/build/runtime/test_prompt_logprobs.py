@@ -12,8 +12,8 @@ from inplace.drivers.step_driver import StepDriver
 from inplace.drivers.stream_driver import StreamDriver
 from inplace.engines.torch_engine import TorchEngine
 from inplace.errors import Code, RequestError
+from inplace.protocol import PROMPT_OUTPUTS
 from inplace.runtime.instance import ModelInstance
-from inplace.runtime.prompt import PROMPT_OUTPUTS
 from inplace.runtime.requests import Request
 from inplace.schema.prefixes import PrefixOptions
 from support.driving import RecordingEngine
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 TOP = 4
+ASKED_OUTPUTS = frozenset(PROMPT_OUTPUTS)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def check(
         scores = llama(torch.tensor([before + ids])).logits[0].float()
     logprobs = scores.log_softmax(-1)[len(before) + known - 1 : -1]
     tokens = torch.tensor(ids)[known:, None]
-    got = {name: outputs[name][0] for name in PROMPT_OUTPUTS}
+    got = {name: outputs[name][0] for name in ASKED_OUTPUTS}
     assert got["prompt_tokens"].tolist() == ids
     assert got["prompt_token_logprobs"].dtype == got["prompt_top_logprobs"].dtype == torch.float32
     assert got["prompt_token_logprobs"][:known].isnan().all()
@@ -129,7 +130,7 @@ def test_rows_that_do_not_ask_are_run_by_the_step(
     assert step.counts == [[6], [6], [1]]  # nothing follows the last token of a prompt
     check(llama, together[0], [], asking, 1)
     check(llama, together[2], [], long, 1)
-    assert not PROMPT_OUTPUTS & together[1].keys()
+    assert not ASKED_OUTPUTS & together[1].keys()
     assert torch.equal(together[1]["next_token"], alone["next_token"])
     [following] = run(driver, request(1, [7], start=False, prompt_logprobs=TOP))
     assert prompt.counts == [[CHUNK, CHUNK], [CHUNK]]
@@ -158,7 +159,7 @@ def test_no_alternatives_and_all_options_together(
 ) -> None:
     [ids] = prompts(9)
     [outputs] = run(driver, request(1, ids, prompt_logprobs=0, logprobs=2))
-    assert outputs.keys() & PROMPT_OUTPUTS == PROMPT_OUTPUTS - {
+    assert outputs.keys() & ASKED_OUTPUTS == ASKED_OUTPUTS - {
         "prompt_top_logprobs",
         "prompt_top_tokens",
     }
@@ -177,7 +178,7 @@ def test_generations_bring_them_with_their_first_token(
         asked = client.generate(2, given, 6, prompt_logprobs=TOP).wait()
         assert asked.tokens == plain.tokens
         check(llama, asked.responses[0], [], given, 1)
-        assert all(not PROMPT_OUTPUTS & response.keys() for response in asked.responses[1:])
+        assert all(not ASKED_OUTPUTS & response.keys() for response in asked.responses[1:])
         # the last generated token is fed before the new ones, so each of those has a value
         again = client.generate(2, more, 2, start=False, prompt_logprobs=TOP).wait()
         check(llama, again.responses[0], given + asked.tokens, more, 0)

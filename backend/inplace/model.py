@@ -14,10 +14,15 @@ if TYPE_CHECKING:
 
 
 class TritonPythonModel:
-    """The class that Triton's Python backend looks for; one object a model instance."""
+    """The class that Triton's Python backend looks for; one object a model instance.
 
+    Attributes:
+        execute: answers a batch of requests, each with its own result or error. The model's own
+            method, from `initialize` on: Triton calls it for every batch.
+    """
+
+    execute: Callable[[Sequence[Any]], list[Any] | None]
     _server: "ModelServer"
-    _execute: Callable[[Sequence[Any]], list[Any] | None]
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine beside the model's config.pbtxt.
@@ -28,11 +33,7 @@ class TritonPythonModel:
         from inplace.server.lifecycle import ModelServer
 
         self._server = ModelServer(args)
-        self._execute = self._server.model.execute
-
-    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        """Answer a batch of requests, each with its own result or error."""
-        return self._execute(requests)
+        self.execute = self._server.model.execute
 
     def finalize(self) -> None:
         """Unload the model; the states of its sequences are lost."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from hashlib import sha256
 from typing import Any, Literal
 
 from inplace.errors import Code, RequestError
@@ -38,6 +39,7 @@ from inplace.protocol import (
     NUM_GENERATED,
     POSITION,
     PROMPT_LOGPROBS,
+    PROMPT_OUTPUTS,
     REGEX,
     RESTORE,
     SAMPLE_RATE,
@@ -49,6 +51,9 @@ from inplace.protocol import (
     TASK,
     TEXT,
     TIMESTAMPS,
+    TOKEN_LOGPROBS,
+    TOP_LOGPROBS,
+    TOP_TOKENS,
 )
 
 Parameter = bool | int | float | str
@@ -749,6 +754,31 @@ def parse_parameters(
             raise _misplaced(spec, kind)
         values[name] = value
     return values
+
+
+def logprob_outputs(logprobs: object) -> tuple[str, ...]:
+    """The names of the outputs that a value of the parameter ``logprobs`` asks for.
+
+    Args:
+        logprobs: how many of the most likely tokens, a number or its text; None if the parameter is
+            absent.
+    """
+    if logprobs is None:
+        return ()
+    top = () if logprobs in (0, "0") else (TOP_LOGPROBS, TOP_TOKENS)
+    return (TOKEN_LOGPROBS, *top)
+
+
+def prompt_outputs(number: object) -> tuple[str, ...]:
+    """The same of the parameter ``prompt_logprobs``: those of `PROMPT_OUTPUTS`."""
+    if number is None:
+        return ()
+    return PROMPT_OUTPUTS[:3] if number in (0, "0") else PROMPT_OUTPUTS
+
+
+def digest(value: object) -> bytes:
+    """SHA-256 of a value's text: what stands for a key or a group, which may be secret."""
+    return sha256(str(value).encode(errors="surrogatepass")).digest()
 
 
 def known_names(kind: RequestKind) -> list[str]:

@@ -134,23 +134,3 @@ PROMPT_OUTPUTS = (
     PROMPT_TOP_TOKENS,
 )
 """All of them; the last two if the parameter is above 0."""
-
-
-def logprob_outputs(logprobs: object) -> tuple[str, ...]:
-    """The names of the outputs that a value of the parameter ``logprobs`` asks for.
-
-    Args:
-        logprobs: how many of the most likely tokens, a number or its text; None if the parameter is
-            absent.
-    """
-    if logprobs is None:
-        return ()
-    top = () if logprobs in (0, "0") else (TOP_LOGPROBS, TOP_TOKENS)
-    return (TOKEN_LOGPROBS, *top)
-
-
-def prompt_outputs(number: object) -> tuple[str, ...]:
-    """The same of the parameter ``prompt_logprobs``: those of `PROMPT_OUTPUTS`."""
-    if number is None:
-        return ()
-    return PROMPT_OUTPUTS[:3] if number in (0, "0") else PROMPT_OUTPUTS

@@ -19,7 +19,9 @@ from inplace.parameters import (
     MAX_SEQUENCE_ID_BYTES,
     Parameter,
     RequestKind,
+    logprob_outputs,
     parse_parameters,
+    prompt_outputs,
 )
 from inplace.protocol import (
     ALLOWED_TOKEN_IDS,
@@ -50,8 +52,6 @@ from inplace.protocol import (
     TOKENS,
     TOP_LOGPROBS,
     TOP_TOKENS,
-    logprob_outputs,
-    prompt_outputs,
 )
 
 Array = NDArray[np.generic]

@@ -480,7 +480,7 @@ class EngineLoop:
             return False
         if not self._instance.table.num_free:
             self._instance.table.reclaim_idle()
-        if self._waiting:
+        if self._waiting.size:
             return True
         return request.generation is not None and not self._instance.table.num_free
 
@@ -537,7 +537,7 @@ class EngineLoop:
 
     def _admit_waiting(self) -> None:
         """Give free slots to the requests that wait for one."""
-        while self._waiting and self._instance.table.num_free:
+        while self._waiting.size and self._instance.table.num_free:
             request = self._waiting.popleft()
             if not self._admit(request):
                 self._remove(request)

@@ -9,7 +9,7 @@ import torch
 
 from inplace.engines.arena import Arena
 from inplace.errors import RESTORED, Code, LoadError, RequestError
-from inplace.parameters import forwards_nothing, parse_parameters
+from inplace.parameters import forwards_nothing, parse_parameters, prompt_outputs
 from inplace.protocol import (
     FORGET,
     GROUP,
@@ -17,7 +17,6 @@ from inplace.protocol import (
     LOGPROBS,
     PROMPT_LOGPROBS,
     PROMPT_OUTPUTS,
-    prompt_outputs,
 )
 from inplace.runtime.batcher import ActiveRequest
 from inplace.runtime.observer import Observer

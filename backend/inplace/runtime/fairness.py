@@ -3,14 +3,13 @@
 A generate proxy uses it too, which needs no PyTorch.
 """
 
-import hashlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
-from inplace.parameters import BY_NAME, Parameter
+from inplace.parameters import BY_NAME, Parameter, digest
 from inplace.protocol import GROUP, SEQUENCE_KEY
 
 
@@ -26,11 +25,6 @@ def fairness_group(sequence_id: int | str, parameters: Mapping[str, Parameter]) 
         if name in parameters:
             return digest(f"{name} {BY_NAME[name].parse(parameters[name])}")
     return digest(f"id {sequence_id!r}")
-
-
-def digest(value: object) -> bytes:
-    """SHA-256 of a value's text."""
-    return hashlib.sha256(str(value).encode(errors="surrogatepass")).digest()
 
 
 class Grouped(Protocol):
@@ -52,15 +46,18 @@ class WaitingQueue(Generic[Waiting]):
 
     Args:
         max_waiting: requests that may wait; None for no limit.
+
+    Attributes:
+        size: the number of requests.
     """
 
     def __init__(self, max_waiting: int | None = None) -> None:
         self._max_waiting = max_waiting
         self._groups: OrderedDict[bytes, deque[Waiting]] = OrderedDict()  # next group first
-        self._length = 0
+        self.size = 0
 
     def __len__(self) -> int:
-        return self._length
+        return self.size
 
     def __contains__(self, request: Waiting) -> bool:
         return request in self._groups.get(request.group, ())
@@ -72,13 +69,13 @@ class WaitingQueue(Generic[Waiting]):
             None, or the request that has no place: this one, or another one, which was removed.
         """
         rejected = None
-        if self._max_waiting is not None and self._length >= self._max_waiting:
+        if self._max_waiting is not None and self.size >= self._max_waiting:
             rejected = self.find_rejected(request)
             if rejected is request:
                 return request
             self.remove(rejected)
         self._groups.setdefault(request.group, deque()).append(request)
-        self._length += 1
+        self.size += 1
         return rejected
 
     def find_rejected(self, request: Waiting) -> Waiting:
@@ -95,7 +92,7 @@ class WaitingQueue(Generic[Waiting]):
         """Remove the request that is next, and return it."""
         name, group = next(iter(self._groups.items()))
         request = group.popleft()
-        self._length -= 1
+        self.size -= 1
         if group:
             self._groups.move_to_end(name)
         else:
@@ -106,7 +103,7 @@ class WaitingQueue(Generic[Waiting]):
         """Remove a request that is in the queue."""
         name = request.group
         self._groups[name].remove(request)
-        self._length -= 1
+        self.size -= 1
         if not self._groups[name]:
             del self._groups[name]
 
@@ -114,7 +111,7 @@ class WaitingQueue(Generic[Waiting]):
         """Remove all requests and return them."""
         requests = list(chain.from_iterable(self._groups.values()))
         self._groups.clear()
-        self._length = 0
+        self.size = 0
         return requests
 
 

@@ -16,6 +16,8 @@ from inplace.parameters import (
     SAMPLING_PARAMETERS,
     Parameter,
     RequestKind,
+    digest,
+    logprob_outputs,
 )
 from inplace.protocol import (
     ALLOWED_TOKEN_IDS,
@@ -32,10 +34,9 @@ from inplace.protocol import (
     PROMPT_LOGPROBS,
     RESTORE,
     SEQUENCE_KEY,
-    logprob_outputs,
 )
 from inplace.runtime.audio import check_audio_parameters, read_audio, read_option
-from inplace.runtime.fairness import digest, fairness_group
+from inplace.runtime.fairness import fairness_group
 from inplace.runtime.slots import SequenceId
 from inplace.schema.programs import Program
 from inplace.schema.schedule import Schedule

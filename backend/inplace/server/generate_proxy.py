@@ -23,6 +23,7 @@ from inplace.parameters import (
     BY_NAME,
     MAX_COUNT,
     RequestKind,
+    logprob_outputs,
     parse_parameters,
 )
 from inplace.protocol import (
@@ -38,7 +39,6 @@ from inplace.protocol import (
     STREAM_INTERVAL,
     TEXT,
     TOKENS,
-    logprob_outputs,
 )
 from inplace.runtime.fairness import StartQueue, fairness_group
 from inplace.schema.proxy import ProxyFile

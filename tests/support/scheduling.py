@@ -22,6 +22,8 @@ TOGETHER = {
         "server/test_grammars",
         "server/test_openai",
         "server/test_openai_prefixes",
+        "server/test_openai_servers",
+        "server/test_openai_workers",
         "server/test_prefix_reuse",
         "server/test_prompt_logprobs",
         "server/test_sampling_options",

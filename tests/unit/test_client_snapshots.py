@@ -16,6 +16,7 @@ from inplace.client.requests import (
     generation_request,
 )
 from inplace.errors import RESTORED, Code, restored_position
+from inplace.protocol import INVALID_POSITION, POSITION
 from tritonclient.utils import InferenceServerException
 
 EVERY = 2
@@ -285,3 +286,23 @@ def test_a_sequence_without_a_key_or_a_store_is_replayed() -> None:
         lost(tracker, step([3]), model)
         [sent] = tracker.infer_requests(step([3]), model)
         assert shown(sent) == (True, 0, None, [1, 2, 3])
+
+
+def test_a_dead_instance_is_left_by_an_end_and_the_start_of_a_stranger(
+    tokens: SequenceTracker,
+) -> None:
+    """Neither may end the sequence, which another instance may have."""
+    died = parse_error(InferenceServerException("Stub process 'm_0_1' is not healthy."), "a", "r")
+    assert died.process_died
+    assert died.retryable
+    assert not error(Code.SHUTDOWN).process_died
+    tokens.failed(died, tokens.infer_requests(step([8]), MODEL)[0])
+    end = tokens.release_request(MODEL)
+    assert (end.sequence_id, end.start, end.end) == (tokens.sequence_id, False, True)
+    assert end.parameters[POSITION] == INVALID_POSITION
+    start, last = tokens.stranger_requests(MODEL)
+    assert start.sequence_id == last.sequence_id != tokens.sequence_id
+    assert [(each.start, each.end) for each in (start, last)] == [(True, False), (False, True)]
+    assert start.route == last.route == end.route  # to the same server
+    assert not start.parameters  # no key, no position
+    assert len({each.request_id for each in (end, start, last)}) == 3

@@ -17,7 +17,7 @@ from inplace.runtime.schedules import ScheduledInstance, open_model
 from inplace.schema.served import Manifest
 from inplace.server.settings import Settings
 from inplace_builder import BuildOptions, write_engine
-from support.storing import memory_bucket, store_in
+from support.storing import left_in, memory_bucket, store_in
 from support.streaming import RecordingChannel, StreamClient, wait_until
 from support.transducing import GreedySearch, chunks
 from support.vocabulary import panicking, tiny_tokenizer
@@ -300,7 +300,7 @@ def test_a_stream_goes_on_in_another_server_with_its_text(
         client.driver.close()
         assert client.driver.instance.snapshots is not None
         client.driver.instance.snapshots.close()
-    assert bucket.list() == []
+    assert left_in(bucket) == []
 
 
 def _hands_over(client: StreamClient) -> bool:

@@ -41,7 +41,7 @@ from support.models import greedy, late_token, tiny_llama
 from support.network_interpreter import interpret
 from support.plugin_decoders import plugin_network
 from support.plugin_networks import tensorrt_with_plugins
-from support.storing import memory_bucket, store_in
+from support.storing import left_in, memory_bucket, store_in
 from support.streaming import StreamClient, slow_steps, wait_until
 from support.vocabulary import added, tiny_tokenizer
 from torch import Tensor
@@ -234,7 +234,7 @@ def test_a_generation_goes_on_in_another_server_with_the_states_of_both_programs
             server.driver.close()
             assert server.driver.instance.snapshots is not None
             server.driver.instance.snapshots.close()
-    assert bucket.list() == []
+    assert left_in(bucket) == []
 
 
 def test_an_engine_with_a_draft_refuses_to_reuse_prefixes(own: Built) -> None:

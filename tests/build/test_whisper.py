@@ -22,7 +22,7 @@ from inplace_builder.capture.whisper import WhisperLogMel, load_extractor
 from inplace_builder.capture.whisper_rules import NO_TOKEN, Rules
 from support.engines import Engines
 from support.models import change_config
-from support.storing import memory_bucket, store_in
+from support.storing import left_in, memory_bucket, store_in
 from support.whisper import (
     IDS,
     RATE,
@@ -146,7 +146,7 @@ def test_a_sequence_that_was_stored_goes_on(
     driver.run([request(1, audio(2, 0.5), key, start=False, end=True)])
     assert instance.snapshots is not None
     instance.snapshots.close()
-    assert bucket.list() == []
+    assert left_in(bucket) == []
 
 
 def test_the_text_is_that_of_the_tokens_without_timestamps(driver: StepDriver) -> None:

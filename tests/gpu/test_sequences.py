@@ -26,7 +26,7 @@ from support.decoding import SHAPE
 from support.driving import random_tokens
 from support.models import CHUNK, greedy, tiny_llama
 from support.recurrent_models import recurrent_model
-from support.storing import check_snapshot, memory_bucket, store_in, storing
+from support.storing import check_snapshot, left_in, memory_bucket, store_in, storing
 from support.streaming import StreamClient, wait_until
 from support.transducing import GreedySearch, chunks
 from transducer import capture, modules
@@ -140,7 +140,7 @@ def servers(folder: Path) -> Iterator[list[StreamClient]]:
         client.driver.close()
         assert client.driver.instance.snapshots is not None
         client.driver.instance.snapshots.close()
-    assert bucket.list() == []
+    assert left_in(bucket) == []
 
 
 def test_a_running_generation_goes_on_in_another_server(servers: list[StreamClient]) -> None:
@@ -238,7 +238,7 @@ def test_a_stream_of_audio_goes_on_in_another_server(engine: EngineKind, tmp_pat
             driver.close()
             assert driver.instance.snapshots is not None
             driver.instance.snapshots.close()
-    assert bucket.list() == []
+    assert left_in(bucket) == []
 
 
 def test_without_memory_for_a_copy_a_sequence_lives_on(

@@ -147,9 +147,9 @@ class SnapshotStore:
             SnapshotError: UNAVAILABLE.
         """
         with _store_errors():
-            found = self._find(lease.name)
-            if found.highest or found.ended:
-                self._claim(lease, found)
+            objects = self._find(lease.name)
+            if objects.highest or objects.ended:
+                self._claim(lease, objects)
             lease.begun = True
 
     def write(self, lease: Lease, snapshot: Snapshot) -> int:
@@ -159,13 +159,13 @@ class SnapshotStore:
             SnapshotError: FENCED, QUOTA or UNAVAILABLE.
         """
         with _store_errors():
-            found = self._find(lease.name)
-            self._check_fence(lease, found)
-            replaced = sum(entry.size for entry in found.epochs.values())
+            objects = self._find(lease.name)
+            self._check_fence(lease, objects)
+            replaced = sum(entry.size for entry in objects.epochs.values())
             expected = snapshot.num_bytes + OBJECT_BYTES - replaced
             self._check_quota(expected)
             if lease.epoch is None:
-                self._claim(lease, found)
+                self._claim(lease, objects)
             assert lease.epoch is not None
             expires = self._clock() + self._seconds
             parts = list(
@@ -174,9 +174,9 @@ class SnapshotStore:
             size = sum(map(len, parts))
             self._bucket.write(_object(lease.name, lease.epoch), parts)
             lease.expires = expires
-            found = self._find(lease.name)
-            self._check_fence(lease, found)
-            self._delete(found, up_to=lease.epoch - 1)
+            objects = self._find(lease.name)
+            self._check_fence(lease, objects)
+            self._delete(objects, up_to=lease.epoch - 1)
             return size
 
     def end(self, lease: Lease) -> None:
@@ -186,11 +186,11 @@ class SnapshotStore:
             SnapshotError: UNAVAILABLE.
         """
         with _store_errors():
-            found = self._find(lease.name)
-            if lease.moved or found.highest > (lease.epoch or 0) or found.ended:
-                self._mark_and_delete(lease.name, found)
+            objects = self._find(lease.name)
+            if lease.moved or objects.highest > (lease.epoch or 0) or objects.ended:
+                self._mark_and_delete(lease.name, objects)
             else:
-                self._delete(found)
+                self._delete(objects)
 
     def forget(self, name: str) -> None:
         """The client has ended the sequence, which this replica does not have: delete all of it.
@@ -211,8 +211,8 @@ class SnapshotStore:
         """
         with _store_errors():
             sequences = _sequences_in(self._bucket.list())
-        found = [sequences.get(lease.name, _Found()) for lease in leases]
-        pairs = zip(leases, found, strict=True)
+        objects = [sequences.get(lease.name, _StoredObjects()) for lease in leases]
+        pairs = zip(leases, objects, strict=True)
         return [lease for lease, each in pairs if self._is_fenced(lease, each)]
 
     # Of a replica that takes a sequence over
@@ -231,9 +231,9 @@ class SnapshotStore:
             SnapshotError: any but FENCED and QUOTA.
         """
         with _store_errors():
-            found = self._find(name)
-            epochs, highest = found.epochs, found.highest
-            if highest <= found.ended:
+            objects = self._find(name)
+            epochs, highest = objects.epochs, objects.highest
+            if highest <= objects.ended:
                 raise _missing()
             record = self._read(name, highest, epochs[highest])
             data_epoch = highest
@@ -287,11 +287,11 @@ class SnapshotStore:
                 if entry.modified + self._seconds <= now
                 and (_OBJECT.fullmatch(entry.name) or entry.name.endswith(PARTIAL))
             }
-            for found in _sequences_in(everything).values():
-                due = [each for each in found.marks if each.modified + MARK_SECONDS <= now]
+            for objects in _sequences_in(everything).values():
+                due = [each for each in objects.marks if each.modified + MARK_SECONDS <= now]
                 if due:
                     below = max(map(_epoch_of, due))
-                    expired |= found.names(up_to=below)
+                    expired |= objects.names(up_to=below)
                     expired |= {entry.name for entry in due}
             for name in sorted(expired, key=lambda name: _MARK.fullmatch(name) is not None):
                 self._bucket.delete(name)  # marks last: a server that is killed has not lost them
@@ -299,23 +299,23 @@ class SnapshotStore:
 
     # Objects
 
-    def _find(self, name: str) -> "_Found":
-        return _sequences_in(self._bucket.list(f"{name}.")).get(name, _Found())
+    def _find(self, name: str) -> "_StoredObjects":
+        return _sequences_in(self._bucket.list(f"{name}.")).get(name, _StoredObjects())
 
-    def _mark_and_delete(self, name: str, found: "_Found") -> None:
+    def _mark_and_delete(self, name: str, objects: "_StoredObjects") -> None:
         """Delete what the store has of a sequence, and let nobody store it again."""
-        epoch = max(found.highest, found.ended) + MARK_ABOVE
+        epoch = max(objects.highest, objects.ended) + MARK_ABOVE
         self._bucket.write(f"{_object(name, epoch)}.ended", [b""])
         self._delete(self._find(name), up_to=epoch)
 
-    def _delete(self, found: "_Found", up_to: int | None = None) -> None:
+    def _delete(self, objects: "_StoredObjects", up_to: int | None = None) -> None:
         """Delete objects of a sequence, and what killed servers have left half written.
 
         Args:
-            found: all that there is of it.
+            objects: all that there is of it.
             up_to: only of epochs up to this one; None for all.
         """
-        for name in found.names(up_to):
+        for name in objects.names(up_to):
             self._bucket.delete(name)
 
     def _read(self, name: str, epoch: int, entry: Entry) -> EpochRecord:
@@ -335,35 +335,35 @@ class SnapshotStore:
         name = _object(record.name, record.epoch)
         return self._bucket.create(name, list(encode(record, self._mac_key)))
 
-    def _claim(self, lease: Lease, found: "_Found") -> None:
+    def _claim(self, lease: Lease, objects: "_StoredObjects") -> None:
         """Get the next epoch for a sequence that begins; delete what earlier ones have left."""
         while True:
-            epoch = max(found.highest, found.ended) + 1
+            epoch = max(objects.highest, objects.ended) + 1
             expires = self._clock() + self._seconds
             if self._create(EpochRecord(lease.name, epoch, expires)):
                 break
-            found = self._find(lease.name)
+            objects = self._find(lease.name)
         lease.epoch, lease.expires = epoch, expires
-        for older in found.epochs:
+        for older in objects.epochs:
             self._bucket.delete(_object(lease.name, older))
 
-    def _is_fenced(self, lease: Lease, found: "_Found") -> bool:
+    def _is_fenced(self, lease: Lease, objects: "_StoredObjects") -> bool:
         """Whether another replica has the sequence, or the client has ended it elsewhere."""
         if lease.epoch is None:  # it has stored nothing; another one's mark is newer than its START
-            return lease.begun and found.ended > 0
-        if found.ended >= lease.epoch or found.highest > lease.epoch:
+            return lease.begun and objects.ended > 0
+        if objects.ended >= lease.epoch or objects.highest > lease.epoch:
             return True
-        return not found.highest and lease.expires > self._clock()
+        return not objects.highest and lease.expires > self._clock()
 
-    def _check_fence(self, lease: Lease, found: "_Found") -> None:
+    def _check_fence(self, lease: Lease, objects: "_StoredObjects") -> None:
         """Refuse to store a fenced sequence, and delete what was stored after its end.
 
         Raises:
             SnapshotError: FENCED.
         """
-        if found.ended:
-            self._delete(found, up_to=found.ended)
-        if self._is_fenced(lease, found):
+        if objects.ended:
+            self._delete(objects, up_to=objects.ended)
+        if self._is_fenced(lease, objects):
             raise SnapshotError(
                 SnapshotReason.FENCED,
                 "another server has restored the sequence, or it has ended there",
@@ -386,7 +386,7 @@ class SnapshotStore:
 
 
 @dataclass
-class _Found:
+class _StoredObjects:
     """What the store has of one sequence.
 
     Attributes:
@@ -415,17 +415,17 @@ class _Found:
         return {each.name for each in objects if up_to is None or _epoch_of(each) <= up_to}
 
 
-def _sequences_in(found: list[Entry]) -> dict[str, _Found]:
+def _sequences_in(objects: list[Entry]) -> dict[str, _StoredObjects]:
     """What is in the store, by the name of the sequence."""
-    sequences: dict[str, _Found] = {}
-    for entry in found:
+    sequences: dict[str, _StoredObjects] = {}
+    for entry in objects:
         name = entry.name.partition(".")[0]
         if (match := _OBJECT.fullmatch(entry.name)) is not None:
-            sequences.setdefault(name, _Found()).epochs[int(match["epoch"])] = entry
+            sequences.setdefault(name, _StoredObjects()).epochs[int(match["epoch"])] = entry
         elif _MARK.fullmatch(entry.name):
-            sequences.setdefault(name, _Found()).marks.append(entry)
+            sequences.setdefault(name, _StoredObjects()).marks.append(entry)
         elif _UNFINISHED.fullmatch(entry.name):
-            sequences.setdefault(name, _Found()).unfinished.append(entry)
+            sequences.setdefault(name, _StoredObjects()).unfinished.append(entry)
     return sequences
 
 

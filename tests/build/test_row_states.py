@@ -228,6 +228,35 @@ def test_distributions_are_captured_and_complex_states_may_round(tmp_path: Path)
     check_rows(RowCase("policy", Policy, (1, 3)), tmp_path)
 
 
+class SharesCell(nn.Module):
+    """Writes a state in a dictionary, which another part has too."""
+
+    def __init__(self, cells: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.cells, self.layer = cells, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cells["cell"].mul_(0.5).add_(self.layer(x))
+        return self.cells["cell"] * 2
+
+
+class SharedCells(nn.Module):
+    """Two parts with one dictionary of states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        cells = {"cell": torch.zeros(1, 4)}
+        self.first, self.second = SharesCell(cells), SharesCell(cells)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.second(self.first(x))
+
+
+def test_a_dictionary_that_two_parts_share_is_one_state(tmp_path: Path) -> None:
+    capture = check_rows(RowCase("shared", SharedCells, (1, 4)), tmp_path)
+    assert [state.name for state in capture.states] == ["first_cells_0"]
+
+
 def test_attributes_that_change_become_states(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -621,7 +621,10 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
         has_tensors = any(isinstance(x, Tensor) for x in leaves)
         holds_others = any(not isinstance(x, _PLAIN) for x in leaves)
         if isinstance(value, int | float) or (has_tensors and not holds_others):
-            attributes[path] = value
+            is_shared = isinstance(value, dict | list | deque) and id(value) in seen
+            if not is_shared:  # one that several parts have is a state once
+                attributes[path] = value
+                seen.add(id(value))
         elif depth < MAX_DEPTH and id(value) not in seen:
             seen.add(id(value))
             for name, part in _contents(value):

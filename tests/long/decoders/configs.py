@@ -791,23 +791,24 @@ Their reference is greedy decoding by that forward, without a cache.
 """
 
 
-def make_config(name: str) -> PretrainedConfig:
-    """The configuration of this name in `CONFIGS`."""
+def make_config(name: str, tiny: Tiny | None = None) -> PretrainedConfig:
+    """The configuration of this name in `CONFIGS`, or another one of its model type."""
+    tiny = tiny or CONFIGS[name]
     kind = name.partition("/")[0]
     config_class = transformers.CONFIG_MAPPING[kind]
     declared = {each.name for each in dataclasses.fields(config_class)}
     declared |= set(config_class.attribute_map)
-    fields = {key: value for key, value in BASE.items() if key in declared} | CONFIGS[name].fields
+    fields = {key: value for key, value in BASE.items() if key in declared} | tiny.fields
     return config_class(
         **{key: value for key, value in fields.items() if value is not None or key not in BASE}
     )
 
 
-def make_model(name: str) -> PreTrainedModel:
-    """A random model of this name, the same at every call."""
+def make_model(name: str, tiny: Tiny | None = None) -> PreTrainedModel:
+    """A random model of this name, the same at every call; of another configuration if given."""
+    tiny = tiny or CONFIGS[name]
     torch.manual_seed(0)
-    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(make_config(name))
-    tiny = CONFIGS[name]
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(make_config(name, tiny))
     if tiny.std is not None:
         embeddings = {
             id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)

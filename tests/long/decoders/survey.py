@@ -9,13 +9,13 @@ forward replaces ``generate``.
 
 import re
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
-from decoders.configs import FORWARD, make_model
+from decoders.configs import FORWARD, Tiny, make_model
 from inplace.errors import InplaceError
 from inplace.schema.specs import Dtype
 from inplace.trt import load_tensorrt
@@ -61,21 +61,31 @@ class Decoded:
     logits: Tensor
 
 
-def survey(name: str, folder: Path, report: Report) -> None:
+def survey(
+    name: str,
+    folder: Path,
+    report: Report,
+    *,
+    tiny: Tiny | None = None,
+    engines: Collection[str] = ("cpu", "tensorrt"),
+) -> None:
     """Compare the engines with ``generate`` of one model.
 
     Args:
-        name: of `decoders.configs.CONFIGS`.
+        name: of `decoders.configs.CONFIGS`, or of ``tiny``: its model type, and what is behind a
+            slash.
         folder: an empty folder to build in.
         report: called with ``generate``, ``cpu`` and ``tensorrt``: "equal", or why not; with the
             largest relative differences of the logits; and with ``reference``, "forward", for the
             models of `FORWARD`.
+        tiny: another configuration.
+        engines: the ones to compare.
     """
     decode = decode_forward if name in FORWARD else decode_generate
     if name in FORWARD:
         report("reference", "forward")
     with quiet():
-        model = make_model(name)
+        model = make_model(name, tiny)
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     prompts = [prompt(seed, length, vocabulary) for seed, length in enumerate(PROMPTS)]
     try:
@@ -97,13 +107,13 @@ def survey(name: str, folder: Path, report: Report) -> None:
             return capture_decoder(model, decoder_options(WHOLE_PROMPTS))
         return capture
 
-    engines: Mapping[str, Callable[[], list[Decoded]]] = {
+    runs: Mapping[str, Callable[[], list[Decoded]]] = {
         "cpu": lambda: _on_cpu(captured(), folder, prompts),
         "tensorrt": lambda: _on_tensorrt(captured(), prompts),
     }
-    for engine, run in engines.items():
+    for engine in engines:
         try:
-            verdict, difference = compare(expected, run())
+            verdict, difference = compare(expected, runs[engine]())
             report(f"{engine}_difference", difference)
         except Exception as error:
             verdict = f"refused: {_brief(error, folder, name)}"

@@ -2,8 +2,8 @@
 
 Each changes what checkpoints may set but the ones that were published first do not: shapes that are
 no powers of two, one head, one layer, layers without rotary embeddings, windows shorter than a
-chunk, every expert chosen. `tests/long/test_decoder_variants.py` compares the CPU engine of each with
-``generate``: it was equal for all.
+chunk, every expert chosen. `tests/long/test_decoder_variants.py` compares the CPU engine of each
+with ``generate``: it was equal for all.
 """
 
 from typing import Any

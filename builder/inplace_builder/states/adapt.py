@@ -375,6 +375,13 @@ def _register_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> No
         containers[path] = (owner, names, spec, attribute_mapping(part)[name])
     if not containers:
         return
+    originals = {id(original): original for *_, original in containers.values()}
+    sharing = [
+        (vars(part), name, value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, dict | list | deque) and id(value) in originals
+    ]
     forward = module.forward
 
     @functools.wraps(forward)
@@ -390,6 +397,8 @@ def _register_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> No
             kept.append((attributes, name, original, content))
             states.append((path, tensors))
             attributes[name] = _filled(original, pytree.tree_unflatten(tensors, spec))
+        for part, name, value in sharing:  # each had a copy of its own after an export
+            part[name] = value
         try:
             returned = forward(*args, **kwargs)
             for path, tensors in states:

@@ -86,9 +86,15 @@ class Held(nn.Module):
         super().__init__()
         self.part = nn.Module()
         self.one, self.part.two = _kinds()
+        counts = {"steps": torch.zeros(1, 2, 4)}
+        self.counts: Any = counts
+        self.part.counts = counts  # type: ignore[assignment]
 
     def forward(self, x: Tensor, pos: Tensor) -> Tensor:
-        return _update(self.one, self.part.two, x, pos)
+        self.counts["steps"].add_(1)  # a dictionary that two parts share
+        shared: Any = self.part.counts
+        steps: Tensor = shared["steps"]
+        return _update(self.one, self.part.two, x, pos) + steps
 
 
 def static_cache() -> StaticCache:
@@ -156,6 +162,7 @@ OBJECTS = [
             "one_fields_0": "index_copy",
             "one_fields_1": "index_put",
             "part_two_1_written_seen": "replace",
+            "counts_0": "replace",
         },
     ),
     ModuleCase(

@@ -11,7 +11,7 @@ from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.compare import same_bits
 from inplace_builder.states.adapt import attributes_of
 from inplace_builder.states.objects import ObjectArguments
-from inplace_builder.states.state import CapturedState
+from inplace_builder.states.rewrite import CapturedState
 from torch import Tensor, nn
 from torch.fx import Interpreter
 from torch.utils import _pytree as pytree

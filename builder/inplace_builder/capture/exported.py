@@ -36,9 +36,8 @@ from inplace_builder.graph.passes import (
 )
 from inplace_builder.states.adapt import AdaptedStates, States, adapted_states
 from inplace_builder.states.divide import divide_states
-from inplace_builder.states.lift import FunctionalGraph, lift_mutated_buffers
-from inplace_builder.states.rewrite import rewrite_updates
-from inplace_builder.states.state import SLOTS, CapturedState, common_rows
+from inplace_builder.states.lift import SLOTS, FunctionalGraph, common_rows, lift_mutated_buffers
+from inplace_builder.states.rewrite import CapturedState, rewrite_updates
 from inplace_builder.states.user_operators import apply_user_operators
 
 

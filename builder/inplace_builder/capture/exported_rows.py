@@ -32,7 +32,8 @@ from inplace_builder.graph.export import (
 from inplace_builder.graph.nodes import placeholders_by_name, returned_values, value
 from inplace_builder.packing.rows import RowGraph, make_rows_dynamic
 from inplace_builder.states.adapt import States, constant_arguments
-from inplace_builder.states.state import SLOTS, CapturedState
+from inplace_builder.states.lift import SLOTS
+from inplace_builder.states.rewrite import CapturedState
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from torch.fx import GraphModule, Node
 
 from inplace_builder.capture.exported import ExportedCapture
 from inplace_builder.graph.nodes import placeholders_by_name, returned_values
-from inplace_builder.states.lift import FunctionalGraph
-from inplace_builder.states.state import SLOTS, StateTensor
+from inplace_builder.states.lift import SLOTS, FunctionalGraph, StateTensor
 
 aten = torch.ops.aten
 

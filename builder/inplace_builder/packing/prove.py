@@ -38,8 +38,8 @@ from inplace_builder.states.attention import (
     match_cache_attentions,
 )
 from inplace_builder.states.indices import evaluate, example_positions, shifted_source
+from inplace_builder.states.lift import StateTensor
 from inplace_builder.states.rewrite import expanded_value
-from inplace_builder.states.state import StateTensor
 from inplace_builder.states.writes import MatchContext, find_write_chains
 
 aten = torch.ops.aten

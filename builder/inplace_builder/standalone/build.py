@@ -46,7 +46,7 @@ from inplace_builder.graph.program import move_to_device
 from inplace_builder.graph.writer import dtype_and_shape, symbol_ranges
 from inplace_builder.standalone.verify import verify
 from inplace_builder.states.adapt import States, adapted_states
-from inplace_builder.states.state import CapturedState
+from inplace_builder.states.rewrite import CapturedState
 
 if TYPE_CHECKING:
     from inplace_builder.lower.compile import CompiledPlan

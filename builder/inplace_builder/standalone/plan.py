@@ -14,7 +14,7 @@ from inplace_builder.lower import LoweredNetwork, choose_mechanisms, lower, lowe
 from inplace_builder.lower.compile import CompiledPlan, Range, Target, compile_plan
 from inplace_builder.lower.kv_cache_update import cache_shape
 from inplace_builder.lower.mechanisms import candidates
-from inplace_builder.states.state import CapturedState
+from inplace_builder.states.rewrite import CapturedState
 
 
 def build_plan(

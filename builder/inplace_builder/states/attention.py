@@ -26,7 +26,7 @@ from inplace_builder.states.indices import (
     shifted_source,
     source_placeholders,
 )
-from inplace_builder.states.state import StateTensor
+from inplace_builder.states.lift import StateTensor
 from inplace_builder.states.writes import MatchContext, Write, WriteChain
 
 aten = torch.ops.aten

@@ -21,7 +21,7 @@ from inplace_builder.graph.nodes import (
     returned_values,
     value,
 )
-from inplace_builder.states.state import StateTensor
+from inplace_builder.states.lift import StateTensor
 from inplace_builder.states.writes import MatchContext, match_write
 
 aten = torch.ops.aten

@@ -19,6 +19,7 @@ import torch
 from inplace.engines.graph_reader import byte_span
 from inplace.operators.state import written_arguments
 from inplace.schema.specs import Dtype
+from inplace.schema.standalone import Owner, Selection, format_selection, select_view
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
@@ -45,9 +46,81 @@ from inplace_builder.graph.passes import (
     check_writes,
     keep_old_values,
 )
-from inplace_builder.states.state import SLOTS, StateTensor
 
 aten = torch.ops.aten
+
+
+SLOTS = "slots"
+"""The placeholder that holds the slot of each row."""
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor that a module mutates, or reads while another program mutates it.
+
+    Attributes:
+        name: the graph's placeholder.
+        owner: who owns its memory.
+        source: the input's name, or the buffer's qualified name.
+        initial: its values at capture, in the module's own shape.
+        dynamic_axes: axes whose extent each call chooses (of the caller's tensors only).
+        first_write: the module's line that writes it first, as `source_line` gives it.
+        unmatched_view: if a part of it is written through a view that no pattern covers, which
+            one, in words; else empty.
+        whole: the tensor that it is a part of; None if it is a tensor of its own.
+        selects: axis and index of each `Tensor.select` that takes the part from the whole: a
+            contiguous view of a contiguous tensor.
+        only_read: the module does not write it, but another program of the engine does.
+    """
+
+    name: str
+    owner: Owner
+    source: str
+    initial: Tensor
+    dynamic_axes: frozenset[int] = frozenset()
+    first_write: str = ""
+    unmatched_view: str = ""
+    whole: "StateTensor | None" = None
+    selects: Selection = ()
+    only_read: bool = False
+
+    @property
+    def module_tensor(self) -> "StateTensor":
+        """The tensor as the module has it: the whole of a part, or this one."""
+        return self.whole or self
+
+    def select_from(self, tensor: Tensor) -> Tensor:
+        """The view of the module's tensor that this state is."""
+        return select_view(tensor, self.selects)
+
+    def select(self, axis: int, index: int, name: str) -> "StateTensor":
+        """The state at one index of it, under a name of its own."""
+        return replace(
+            self,
+            name=name,
+            source=f"{self.source}{format_selection(((axis, index),))}",
+            initial=self.initial.select(axis, index),
+            whole=self.module_tensor,
+            selects=(*self.selects, (axis, index)),
+        )
+
+    def has_slot_axis(self, rows: int) -> bool:
+        """Whether its first axis counts rows already and becomes the slot axis.
+
+        Otherwise the slot axis is put in front of it.
+        """
+        return (self.initial.dim() > 1 and self.initial.shape[0] == rows) or rows > 1
+
+    def slot_shape(self, rows: int) -> tuple[int, ...]:
+        """Extents of one slot."""
+        extents = tuple(self.initial.shape)
+        return extents[1:] if self.has_slot_axis(rows) else extents
+
+
+def common_rows(states: Sequence[StateTensor]) -> int | None:
+    """The extent of the first axis if it is the same and more than 1 for every state."""
+    extents = {state.initial.shape[0] if state.initial.dim() > 1 else 1 for state in states}
+    return extents.pop() if len(extents) == 1 and 1 not in extents else None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from inplace.schema.specs import Update
+from inplace.schema.specs import AliasKind, Dtype, StateSpec, Update
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from inplace_builder.graph.nodes import (
@@ -30,7 +31,7 @@ from inplace_builder.states.attention import (
     match_cache_attentions,
 )
 from inplace_builder.states.indices import number_as_tensor, source_placeholders
-from inplace_builder.states.state import SLOTS, CapturedState, StateTensor, common_rows
+from inplace_builder.states.lift import SLOTS, StateTensor, common_rows
 from inplace_builder.states.writes import (
     MatchContext,
     Write,
@@ -53,6 +54,92 @@ _SAME_PLACE = (
     aten._to_copy.default,
 )
 """What changes no value of a place."""
+
+
+@dataclass(frozen=True)
+class CapturedState:
+    """A state of a rewritten graph, and how the graph updates it.
+
+    Attributes:
+        tensor: the module's tensor.
+        has_slot_axis: the module's own first axis is the slot axis, so the tensor is bound as it
+            is; else the runtime binds ``tensor.unsqueeze(0)``. Both are views of the same memory.
+        pattern: the matched patterns in order (``slice_scatter``, ``index_copy``, …); ``replace``
+            if the module computes the whole value anew, ``window`` if that value is the old one
+            without its oldest entries and with new ones behind, ``explicit`` if the module writes
+            a part in a way that no pattern covers.
+        reason: why, in words, with the module's line.
+        operators: the operators that write it, in order: ``update``, ``attention``, or ``user``
+            for a user's own operator.
+        update: how the manifest describes its updates.
+        axis: the axis of a slot that an append grows along, else None.
+        is_fixed: every step writes at the same places, or at a remainder (``n % capacity``): the
+            state is never full.
+        index_sources: the placeholders that the places are computed from; None if unknown.
+    """
+
+    tensor: StateTensor
+    has_slot_axis: bool
+    pattern: str
+    reason: str
+    operators: tuple[str, ...]
+    update: Update
+    axis: int | None
+    is_fixed: bool = False
+    index_sources: frozenset[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """The graph's placeholder."""
+        return self.tensor.name
+
+    @property
+    def kind(self) -> AliasKind:
+        """The kind of its alias in a PyTorch graph."""
+        return "user" if "user" in self.operators else "operator"
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether a step writes only what the module writes.
+
+        A part of a part counts as the outer part.
+        """
+        return self.pattern != "explicit"
+
+    def bound(self, tensor: Tensor) -> Tensor:
+        """The view of the module's tensor that a runtime binds, ``[slots, ...]``."""
+        part = self.tensor.select_from(tensor)
+        return part if self.has_slot_axis else part.unsqueeze(0)
+
+    def bound_initial(self) -> Tensor:
+        """The tensor that is bound, with the values at capture."""
+        return self.bound(self.tensor.module_tensor.initial)
+
+    def spec(self) -> StateSpec:
+        """The manifest's description of the state.
+
+        ``fill`` is the initial value if it is the same everywhere. If not, it is 0 and the initial
+        tensor must be copied.
+        """
+        initial = self.tensor.initial
+        slot = self.bound_initial()
+        first = initial.reshape(-1)[0].item() if initial.numel() else 0.0
+        uniform = bool((initial == first).all()) and (
+            not isinstance(first, complex) or first.imag == 0
+        )
+        first = first.real if isinstance(first, complex) else first
+        fill: int | float = 0.0
+        if uniform:
+            is_whole_number = isinstance(first, int) and not isinstance(first, bool)
+            fill = int(first) if is_whole_number else float(first)
+        return StateSpec(
+            name=self.name,
+            shape=tuple(slot.shape[1:]),
+            dtype=Dtype.of(initial.dtype),
+            update=self.update,
+            axis=self.axis,
+            fill=fill,
+        )
 
 
 def rewrite_updates(

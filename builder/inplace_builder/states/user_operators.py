@@ -26,7 +26,8 @@ from inplace_builder.graph.nodes import (
     source_line,
     value,
 )
-from inplace_builder.states.state import SLOTS, CapturedState
+from inplace_builder.states.lift import SLOTS
+from inplace_builder.states.rewrite import CapturedState
 
 if TYPE_CHECKING:
     from inplace.trt import TensorRT

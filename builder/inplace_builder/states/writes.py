@@ -30,7 +30,7 @@ from inplace_builder.states.indices import (
     match_one_hot,
     repeated_positions,
 )
-from inplace_builder.states.state import StateTensor
+from inplace_builder.states.lift import StateTensor
 
 aten = torch.ops.aten
 

@@ -37,8 +37,9 @@ def test_random_requests_get_a_result_or_a_clear_error_and_harm_no_other(
     answers = findings.answers
     assert answers.total() >= 0.95 * requests
     assert answers["result"] > 0.5 * SHARE * requests  # what good clients sent came through
-    common = {"BAD_PARAMETER", "EMPTY_INPUT", "VALUE_RANGE", "triton", "page"}
+    common = {"BAD_PARAMETER", "triton", "page"}
     rare = {"CAPACITY", "UNKNOWN_SEQUENCE", "page BAD_PARAMETER", "page refused by triton", "left"}
+    rare |= {"EMPTY_INPUT", "VALUE_RANGE"}
     assert common <= set(answers)
     assert requests < 10_000 or rare <= set(answers)
 

@@ -122,6 +122,8 @@ def ignores_options(model: PreTrainedModel) -> bool:
         with quiet(), torch.no_grad():
             token = torch.zeros(1, dtype=torch.int64, device=model.device)
             _last_logits(model, [token], None)
+    except Exception:  # of any type: the capture that follows says what is wrong with the model
+        return False
     finally:
         ALL_ATTENTION_FUNCTIONS[implementation] = attend
     return bool(ignored)

@@ -287,7 +287,7 @@ DEFECTS = [
         "is not repeatable",
         lambda m, x, s: s.copy_(s + torch.rand_like(s)).sum(),
         lambda: (torch.zeros(3),),
-        "differs from the module",
+        "is random: an engine computes the same",
     ),
     Defect(
         "takes an object",

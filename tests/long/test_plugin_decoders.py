@@ -43,18 +43,16 @@ def test_a_network_with_plugins_is_equal_to_generate(tensorrt: TensorRT, name: s
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     prompts = [prompt(seed, length, vocabulary) for seed, length in enumerate(PROMPTS[1:])]
     decode = decode_forward if name in FORWARD else decode_generate
-    chunk = CHUNK
     try:
         with quiet():
-            capture = capture_decoder(model, DecoderOptions(CAPACITY, ROWS, chunk))
+            capture = capture_decoder(model, DecoderOptions(CAPACITY, ROWS, CHUNK))
             if capture.program.lookahead:
-                chunk = max(PROMPTS)
-                capture = capture_decoder(model, DecoderOptions(CAPACITY, ROWS, chunk))
+                capture = capture_decoder(model, DecoderOptions(CAPACITY, ROWS, max(PROMPTS)))
     except BuildError as error:
         pytest.skip(str(error))
     expected = [decode(model, each) for each in prompts]
     verdict, difference = compare(
-        expected, _decoded(TwoSequences(capture, tensorrt), prompts, chunk)
+        expected, _decoded(TwoSequences(capture, tensorrt), prompts, capture.program.chunk)
     )
     assert verdict == "equal", difference
 

@@ -15,7 +15,7 @@ from support.network_interpreter import interpret
 SLOTS, NUM_SLOTS = (4, 1), 5
 """The slots of two sequences."""
 NULL = [7, 7]
-"""The tokens of the null row that is between them."""
+"""The tokens of the null row that is between them; the first where a row has one token a step."""
 
 
 def plugin_network(capture: Capture, tensorrt: TensorRT) -> LoweredNetwork:
@@ -49,6 +49,7 @@ class TwoSequences:
     def __init__(self, capture: Capture, tensorrt: TensorRT) -> None:
         self.network = plugin_network(capture, tensorrt)
         self.lengths = [0, 0]
+        self._null = NULL[: capture.program.chunk]
         self._memory = {
             state.name: torch.full(
                 (NUM_SLOTS, *state.shape), float("nan"), dtype=state.dtype.as_torch
@@ -61,7 +62,7 @@ class TwoSequences:
 
     def step(self, first: list[int], second: list[int]) -> list[dict[str, Tensor]]:
         """Feed tokens to both sequences; the outputs of each."""
-        parts = [first, NULL, second]
+        parts = [first, self._null, second]
         starts = [self.lengths[0], 0, self.lengths[1]]
         offsets = torch.tensor([0, *map(len, parts)]).cumsum(0).int()
         positions = [

@@ -1,5 +1,6 @@
 """The OpenAI front end without a server: its fields, prompts, keys and refusals."""
 
+import errno
 import json
 import os
 import re
@@ -179,6 +180,10 @@ def key_file(path: Path, *records: keys.KeyRecord) -> Path:
     return path
 
 
+def _no_descriptor_left(*_: object, **__: object) -> None:
+    raise OSError(errno.EMFILE, "too many open files")
+
+
 def test_keys_are_digests_and_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +201,12 @@ def test_keys_are_digests_and_are_read_again(
     assert known.find(key) is use
     path.write_text('{"keys": [{"name": "a"}]}')
     assert known.find(key) is use  # a wrong file changes nothing
+    key_file(path, second)
+    with monkeypatch.context() as patched:  # nor one that cannot be used yet
+        patched.setattr(Worker, "running", _no_descriptor_left)
+        patched.setattr(known, "_uses", {"a": use})
+        assert known.find(key) is use
+    assert known.find(key) is None
     key_file(path, second)
     assert known.find(key) is None
     path.write_text(
@@ -226,6 +237,10 @@ def test_a_key_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 75.0
     with use.request():
         pass
+    use.spend_tokens(10_000)
+    now += 10_000
+    with use.request():  # the time after too many tokens counts
+        pass
 
 
 def test_processes_of_a_front_end_share_limits_and_prefixes(
@@ -247,16 +262,23 @@ def test_processes_of_a_front_end_share_limits_and_prefixes(
         for use in (first, second):
             with pytest.raises(ApiError, match="3 requests a minute"), use.request():
                 pass
-        workers[1].running("x").add(1)
+        workers[1].running("x")[0].add(1)
     now = 60.0
     second.spend_tokens(1000)
     with pytest.raises(ApiError, match="600 tokens a minute") as caught, first.request():
         pass
     assert caught.value.headers == {"Retry-After": "40"}
+    for _ in range(10):  # the first one does nothing meanwhile, and knows what is left all the same
+        now += 60
+        with second.request():
+            second.spend_tokens(600)
+    now += 60
+    with first.request():
+        pass
     one, other = (PrefixRecord(["a", "b"], each) for each in workers)
     one.add(b"alice", range(64), "b")
     assert other.find(b"alice", range(64), ["a", "b"]) == "b"
-    assert Worker().running("x").total == 0  # a front end of one process is alone
+    assert Worker().running("x")[0].total == 0  # a front end of one process is alone
 
 
 def test_processes_are_not_started_where_somebody_listens() -> None:

@@ -179,10 +179,24 @@ def ended_where_it_was(before: SnapshotStore) -> tuple[Act, Act]:
     return lambda mine: mine.write(taken, snapshot(3)), lambda mine: mine.end(lease)
 
 
+def begun_elsewhere(before: SnapshotStore) -> tuple[Act, Act]:
+    """The last holder writes late, while the sequence begins anew elsewhere, and ends."""
+    lease = Lease(before.name("a", KEY))
+    before.write(lease, snapshot(2))
+
+    def begin_anew(mine: SnapshotStore) -> None:
+        begun = Lease(lease.name)
+        mine.begin(begun)
+        mine.end(begun)
+
+    return lambda mine: mine.write(lease, snapshot(3)), begin_anew
+
+
 SCENES: list[Scene] = [
     never_stored,
     stored_before,
     restored_elsewhere,
+    begun_elsewhere,
     ended_while_restored,
     ended_where_it_was,
 ]

@@ -428,15 +428,17 @@ class AsyncSequence:
             await self._ask(self._tracker.release_request(model), model)
             await asyncio.sleep(RELEASE_DELAY)
             dead, ends = 0, list[InferRequest]()
-            while dead + len(ends) < MAX_TAKEN and not (dead and ends):
-                start, end = self._tracker.stranger_requests(model)
-                error = await self._ask(start, model)
-                if error is not None and error.process_died:
-                    dead += 1
-                else:
+            try:
+                while dead + len(ends) < MAX_TAKEN and not (dead and ends):
+                    start, end = self._tracker.stranger_requests(model)
                     ends.append(end)
-            for end in ends:
-                await self._ask(end, model)
+                    error = await self._ask(start, model)
+                    if error is not None and error.process_died:
+                        ends.pop()
+                        dead += 1
+            finally:  # also where the caller is cancelled: the others' slots are freed
+                for end in ends:
+                    await self._ask(end, model)
         await self._close_stream()
 
     async def _ask(self, request: InferRequest, model: ModelMetadata) -> ClientError | None:

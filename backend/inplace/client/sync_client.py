@@ -426,15 +426,17 @@ class Sequence:
             self._ask(self._tracker.release_request(model), model)
             time.sleep(RELEASE_DELAY)
             dead, ends = 0, list[InferRequest]()
-            while dead + len(ends) < MAX_TAKEN and not (dead and ends):
-                start, end = self._tracker.stranger_requests(model)
-                error = self._ask(start, model)
-                if error is not None and error.process_died:
-                    dead += 1
-                else:
+            try:
+                while dead + len(ends) < MAX_TAKEN and not (dead and ends):
+                    start, end = self._tracker.stranger_requests(model)
                     ends.append(end)
-            for end in ends:
-                self._ask(end, model)
+                    error = self._ask(start, model)
+                    if error is not None and error.process_died:
+                        ends.pop()
+                        dead += 1
+            finally:  # also where the caller is cancelled: the others' slots are freed
+                for end in ends:
+                    self._ask(end, model)
         self._close_stream()
 
     def _ask(self, request: InferRequest, model: ModelMetadata) -> ClientError | None:

@@ -340,8 +340,8 @@ def create_app(
         worker: the process.
     """
     limits, worker = limits or Limits(), worker or Worker()
-    in_flight = worker.running("requests")
-    metrics = Metrics(in_flight)
+    in_flight, _ = worker.running("requests")
+    metrics = Metrics(worker, in_flight)
     front_end = Application(replicas, models, limits, metrics, worker.secret)
     gate = Middleware(
         Gate, keys=keys, limits=limits, metrics=metrics, in_flight=in_flight, hosts=hosts

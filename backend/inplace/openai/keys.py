@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from inplace.errors import LoadError
 from inplace.openai.errors import ApiError
-from inplace.openai.workers import Sum, Worker
+from inplace.openai.workers import Worker
 
 log = logging.getLogger("inplace.openai")
 
@@ -87,26 +89,27 @@ def new_key(name: str) -> tuple[str, KeyRecord]:
 class _Budget:
     """So many units a minute, and at most a minute's at once. May be overdrawn.
 
+    For one process at a time, see `Worker.locked`.
+
     Args:
         per_minute: units.
-        spent: by all processes of the front end.
+        shared: two numbers that all processes have, zeros at first: the units that were spent and
+            not yet earned again, and when that was so, in seconds of the machine's clock.
     """
 
-    def __init__(self, per_minute: int, spent: Sum) -> None:
-        self._per_minute, self._spent = per_minute, spent
-        self._left, self._updated = float(per_minute), time.monotonic()
-        self._seen = spent.total
+    def __init__(self, per_minute: int, shared: NDArray[np.float64]) -> None:
+        self._per_minute, self._shared = per_minute, shared
 
     def wait(self) -> float:
         """Seconds until something is left."""
-        now, spent = time.monotonic(), self._spent.total
-        earned = (now - self._updated) * self._per_minute / 60
-        self._left = min(self._per_minute, self._left + earned) - (spent - self._seen)
-        self._updated, self._seen = now, spent
-        return max(0.0, (1 - self._left) * 60 / self._per_minute)
+        return max(0.0, (1 - self._per_minute + self._owed()) * 60 / self._per_minute)
 
     def spend(self, units: int) -> None:
-        self._spent.add(units)
+        self._shared[:] = self._owed() + units, time.monotonic()
+
+    def _owed(self) -> float:
+        owed, updated = map(float, self._shared)
+        return max(0.0, owed - (time.monotonic() - updated) * self._per_minute / 60)
 
 
 class Use:
@@ -118,11 +121,12 @@ class Use:
     """
 
     def __init__(self, record: KeyRecord, worker: Worker | None = None) -> None:
-        self.record, worker = record, worker or Worker()
-        name = digest(record.model_dump_json())
-        self._concurrent = worker.running(f"requests-{name}")
-        self._requests = _Budget(record.requests_per_minute or 1, worker.sum(f"requests-{name}"))
-        self._tokens = _Budget(record.tokens_per_minute or 1, worker.sum(f"tokens-{name}"))
+        self.record, self._worker = record, worker or Worker()
+        name = f"key-{digest(record.model_dump_json())}"
+        self._concurrent, numbers = self._worker.running(name, further=4)
+        shared = numbers.view(np.float64)
+        self._requests = _Budget(record.requests_per_minute or 1, shared[:2])
+        self._tokens = _Budget(record.tokens_per_minute or 1, shared[2:])
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -131,16 +135,11 @@ class Use:
         Raises:
             ApiError: a limit of the key is reached.
         """
-        record = self.record
-        if record.concurrent is not None and self._concurrent.total >= record.concurrent:
-            raise _over(f"{record.concurrent} requests at the same time", 1.0)
-        if record.requests_per_minute is not None:
-            if wait := self._requests.wait():
-                raise _over(f"{record.requests_per_minute} requests a minute", wait)
-            self._requests.spend(1)
-        if record.tokens_per_minute is not None and (wait := self._tokens.wait()):
-            raise _over(f"{record.tokens_per_minute} tokens a minute", wait)
-        self._concurrent.add(1)
+        with self._worker.locked():
+            self._check()
+            if self.record.requests_per_minute is not None:
+                self._requests.spend(1)
+            self._concurrent.add(1)
         try:
             yield
         finally:
@@ -149,7 +148,17 @@ class Use:
     def spend_tokens(self, tokens: int) -> None:
         """Count tokens of a request."""
         if self.record.tokens_per_minute is not None:
-            self._tokens.spend(tokens)
+            with self._worker.locked():
+                self._tokens.spend(tokens)
+
+    def _check(self) -> None:
+        record = self.record
+        if record.concurrent is not None and self._concurrent.total >= record.concurrent:
+            raise _over(f"{record.concurrent} requests at the same time", 1.0)
+        if record.requests_per_minute is not None and (wait := self._requests.wait()):
+            raise _over(f"{record.requests_per_minute} requests a minute", wait)
+        if record.tokens_per_minute is not None and (wait := self._tokens.wait()):
+            raise _over(f"{record.tokens_per_minute} tokens a minute", wait)
 
 
 def _over(limit: str, wait: float) -> ApiError:
@@ -197,14 +206,12 @@ class Keys:
             if version == self._version:
                 return
             records = self._read()
-        except LoadError as error:
+            old = {use.record: use for use in self._uses.values()}
+            uses = {record.name: old.get(record) or Use(record, self._worker) for record in records}
+        except (LoadError, OSError) as error:  # `Use` opens files
             log.warning("the keys stay as they were: %s", error)
             return
-        self._version = version
-        old = {use.record: use for use in self._uses.values()}
-        self._uses = {
-            record.name: old.get(record) or Use(record, self._worker) for record in records
-        }
+        self._version, self._uses = version, uses
         log.info("read %d keys from %s", len(records), self._path)
 
     def _stat(self) -> tuple[int, int, int]:

@@ -1,17 +1,16 @@
 """What the front end counts, for Prometheus.
 
-A front end of several processes keeps its counters in files (`METRICS_FOLDER`), and each process
+A front end of several processes keeps its counters in files of the shared folder, and each process
 answers with the sum over all of them.
 """
 
-import os
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from inplace.openai.workers import METRICS_FOLDER, Sum
+from inplace.openai.workers import Sum, Worker
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper limits of the buckets of a histogram."""
@@ -23,6 +22,7 @@ class Metrics:
     """The metrics of one process of a front end.
 
     Args:
+        worker: the process.
         in_flight: requests that run, in all processes.
 
     Attributes:
@@ -30,8 +30,8 @@ class Metrics:
             descriptions.
     """
 
-    def __init__(self, in_flight: Sum) -> None:
-        self._in_flight = in_flight
+    def __init__(self, worker: Worker, in_flight: Sum) -> None:
+        self._worker, self._in_flight = worker, in_flight
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "inplace_openai_requests",
@@ -78,9 +78,9 @@ class Metrics:
         for url, is_ready in ready.items():
             self._ready.labels(url).set(is_ready)
         registry = self._registry
-        if METRICS_FOLDER in os.environ:
-            registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        if self._worker.folder is not None:
+            registry, folder = CollectorRegistry(), str(self._worker.folder)
+            MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
         return generate_latest(registry).decode()
 
     def _counter(self, name: str, description: str) -> Counter:

@@ -128,17 +128,17 @@ def run(frontend: Frontend) -> None:
         LoadError, FrontendError: see `Frontend.server`.
         WorkersError: see `Workers`.
     """
-    server = frontend.server()  # refuses what is wrong before processes are started
-    if frontend.workers > 1:
-        serve = functools.partial(_serve, frontend)
-        seconds = frontend.drain_seconds
-        Workers(serve, frontend.workers, frontend.host, frontend.port, seconds).run()
-    else:
-        _run(server, None)
+    if frontend.workers == 1:
+        _run(frontend.server(), None)
+        return
+    frontend.server()  # refuses what is wrong before processes are started
+    serve = functools.partial(_serve, frontend)
+    seconds = frontend.drain_seconds
+    Workers(serve, frontend.workers, frontend.host, frontend.port, seconds).run()
 
 
 def _serve(
-    frontend: Frontend, worker: Worker, listening: socket.socket, begun: Callable[[], None]
+    frontend: Frontend, worker: Worker, listening: list[socket.socket], begun: Callable[[], None]
 ) -> None:
     """Run one of several processes."""
     server = frontend.server(worker)
@@ -149,7 +149,7 @@ def _serve(
         begun()
 
     server.startup = start  # type: ignore[method-assign]
-    _run(server, [listening])
+    _run(server, listening)
 
 
 def _run(server: uvicorn.Server, sockets: list[socket.socket] | None) -> None:

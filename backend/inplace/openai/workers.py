@@ -1,11 +1,13 @@
 """Front ends in several processes: they share a port, the limits of keys, and their counters.
 
 The kernel distributes connections among the processes (``SO_REUSEPORT``). What they share is in
-files that all of them map into memory, in a folder that goes with the front end. There are no
-locks: each process writes numbers of its own, and reads those of all.
+files that all of them map into memory, in a folder that goes with the front end. Nothing stays
+locked where a process is killed: it writes numbers of its own and reads those of all, or has a lock
+that the kernel takes back.
 """
 
 import contextlib
+import fcntl
 import logging
 import mmap
 import multiprocessing
@@ -16,7 +18,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -39,8 +41,11 @@ START_TIMEOUT = 120.0
 POLL_INTERVAL = 0.2
 """Seconds between two looks at the processes."""
 
-RESTART_PAUSE = 1.0
-"""Seconds before a process that ended is started again."""
+RESTART_PAUSE, MAX_RESTART_PAUSE = 1.0, 60.0
+"""Seconds before a process that ended is started again: at first, doubled each time, at most."""
+
+SIGNAL_INTERVAL = 1.0
+"""Seconds between two signals to a process that is to end."""
 
 STOP_MARGIN = 5.0
 """Seconds beyond the drain timeout after which a process is killed."""
@@ -77,18 +82,36 @@ class Worker:
             return np.zeros(length, np.int64)
         descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            os.ftruncate(descriptor, length * 8)
+            if os.fstat(descriptor).st_size < length * 8:
+                os.ftruncate(descriptor, length * 8)
             return np.frombuffer(mmap.mmap(descriptor, length * 8), np.int64)
         finally:
             os.close(descriptor)
 
-    def sum(self, name: str) -> "Sum":
-        """A number that is the sum of one of each process; it stays when a process ends."""
-        return Sum(self.shared(f"sum-{name}", self.count), self.index)
+    def running(self, name: str, further: int = 0) -> "tuple[Sum, NDArray[np.int64]]":
+        """How many of something all processes have now, and further numbers in the same file.
 
-    def running(self, name: str) -> "Sum":
-        """As `sum`, of what a process has now: the part of a process that ends goes with it."""
-        return Sum(self.shared(f"running-{name}", self.count), self.index)
+        The part of a process that ends goes with it.
+
+        Args:
+            name: of the number.
+            further: how many numbers are behind it, see `shared`.
+        """
+        numbers = self.shared(f"running-{name}", self.count + further)
+        return Sum(numbers[: self.count], self.index), numbers[self.count :]
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process is inside such a block at the same time; for a moment only."""
+        if self.folder is None:
+            yield
+            return
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel takes it back from a killed process
+            yield
+        finally:
+            os.close(descriptor)
 
     def forget_running(self) -> None:
         """Set this process's parts of what processes have now to zero, as after it was killed."""
@@ -118,8 +141,8 @@ class Sum:
         return int(self._parts.sum())
 
 
-Serve = Callable[[Worker, socket.socket, Callable[[], None]], None]
-"""What a process runs: serves on a socket until SIGTERM, and says when it has begun. Picklable."""
+Serve = Callable[[Worker, list[socket.socket], Callable[[], None]], None]
+"""What a process runs: serves on sockets until SIGTERM, and calls when it has begun. Picklable."""
 
 
 class Workers:
@@ -146,8 +169,8 @@ class Workers:
         self._stack = contextlib.ExitStack()
         self._stopping = False
         self._processes: list[BaseProcess] = []
-        self._address = _reserve(host, port, self._stack)
-        self.port = int(self._address[1][1])
+        self._addresses = _reserve(host, port, self._stack)
+        self.port = int(self._addresses[0][1][1])
 
     def run(self) -> None:
         """Run them until SIGTERM or SIGINT.
@@ -162,12 +185,11 @@ class Workers:
                 tempfile.TemporaryDirectory(prefix="inplace-openai-")
             )
             os.environ[METRICS_FOLDER] = folder
+            self._stack.callback(os.environ.pop, METRICS_FOLDER)
             first = Worker(0, self._count, Path(folder))
             workers = [replace(first, index=index) for index in range(self._count)]
             try:
-                started = [self._start(worker) for worker in workers]
-                self._processes = [process for process, _ in started]
-                self._wait_until_begun([begun for _, begun in started])
+                self._wait_until_begun([self._start(worker) for worker in workers])
                 self._watch(workers)
             finally:
                 self._end()
@@ -175,17 +197,19 @@ class Workers:
     def _stop(self, *_: object) -> None:
         self._stopping = True
 
-    def _start(self, worker: Worker) -> tuple[BaseProcess, Connection]:
+    def _start(self, worker: Worker) -> Connection:
+        """Start a process; returns what it says that it has begun with."""
         receiving, sending = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=_run_worker,
-            args=(self._serve, worker, self._address, sending),
+            args=(self._serve, worker, self._addresses, sending),
             name=f"inplace-openai-{worker.index}",
             daemon=True,
         )
         process.start()
+        self._processes[worker.index : worker.index + 1] = [process]
         sending.close()  # so that its end is noticed
-        return process, receiving
+        return receiving
 
     def _wait_until_begun(self, begun: list[Connection]) -> None:
         deadline = time.monotonic() + START_TIMEOUT
@@ -205,8 +229,7 @@ class Workers:
             connection.close()
 
     def _watch(self, workers: Sequence[Worker]) -> None:
-        from prometheus_client.multiprocess import mark_process_dead
-
+        pause, last = RESTART_PAUSE, time.monotonic()
         while not self._stopping:
             wait([process.sentinel for process in self._processes], POLL_INTERVAL)
             for worker in workers:
@@ -218,46 +241,59 @@ class Workers:
                     worker.index,
                     process.exitcode,
                 )
-                mark_process_dead(process.pid, str(worker.folder))  # type: ignore[no-untyped-call]
                 worker.forget_running()
-                time.sleep(RESTART_PAUSE)
-                self._processes[worker.index], begun = self._start(worker)
-                begun.close()
+                if time.monotonic() - last > 2 * MAX_RESTART_PAUSE:
+                    pause = RESTART_PAUSE
+                last = time.monotonic()
+                while not self._stopping and time.monotonic() < last + pause:
+                    time.sleep(POLL_INTERVAL)
+                pause = min(2 * pause, MAX_RESTART_PAUSE)
+                if not self._stopping:
+                    self._start(worker).close()
 
     def _end(self) -> None:
-        for process in self._processes:
-            process.terminate()
         deadline = time.monotonic() + self._drain_seconds + STOP_MARGIN
-        for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
+        left = self._processes
+        while left and time.monotonic() < deadline:
+            for process in left:
+                process.terminate()  # again: one that was just starting may have missed it
+            wait([process.sentinel for process in left], SIGNAL_INTERVAL)
+            left = [process for process in left if process.exitcode is None]
+        for process in left:
+            process.kill()
+            process.join()
 
 
 Address = tuple[socket.AddressFamily, Any]
 
 
-def _reserve(host: str, port: int, stack: contextlib.ExitStack) -> Address:
-    """Take a port that nobody listens on, until the stack is closed.
+def _reserve(host: str, port: int, stack: contextlib.ExitStack) -> list[Address]:
+    """Take a port that nobody listens on, until the stack is closed; of each address of the host.
 
     Raises:
         WorkersError: somebody does, or the host is not an address of this machine.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with _bound((family, address), shared=False) as alone:  # refused where somebody listens
-            address = alone.getsockname()
-        stack.enter_context(_bound((family, address), shared=True))
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses: list[Address] = []
+        for family, _, _, _, given in dict.fromkeys(infos):
+            address: Any = (given[0], port, *given[2:])
+            with _bound((family, address), shared=False) as alone:  # refused where somebody listens
+                address = alone.getsockname()
+            stack.enter_context(_bound((family, address), shared=True))
+            addresses.append((family, address))
+            port = address[1]
     except OSError as error:
         raise WorkersError(f"cannot listen on {host}, port {port}: {error}") from None
-    return family, address
+    return addresses
 
 
 def _bound(address: Address, *, shared: bool) -> socket.socket:
     made = socket.socket(address[0], socket.SOCK_STREAM)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address[0] == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if shared:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         made.bind(address[1])
@@ -267,18 +303,21 @@ def _bound(address: Address, *, shared: bool) -> socket.socket:
     return made
 
 
-def _run_worker(serve: Serve, worker: Worker, address: Address, begun: Connection) -> None:
+def _run_worker(
+    serve: Serve, worker: Worker, addresses: Sequence[Address], begun: Connection
+) -> None:
     """The main function of a process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent tells this one to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until it serves: the parent tells it to end
     logging.basicConfig(
         level=logging.INFO, format=f"%(levelname)s [process {worker.index}] %(message)s"
     )
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with _bound(address, shared=True) as listening:
-        serve(worker, listening, lambda: _say(begun))
+    with contextlib.ExitStack() as stack:
+        listening = [stack.enter_context(_bound(each, shared=True)) for each in addresses]
+        serve(worker, listening, lambda: _tell_parent(begun))
 
 
-def _say(begun: Connection) -> None:
+def _tell_parent(begun: Connection) -> None:
     with contextlib.suppress(OSError):  # nobody waits for a process that was started again
         begun.send(True)
     begun.close()
@@ -288,4 +327,6 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SIGNAL_INTERVAL)

@@ -150,6 +150,7 @@ class SnapshotStore:
             objects = self._find(lease.name)
             if objects.highest or objects.ended:
                 self._claim(lease, objects)
+                lease.moved = True
             lease.begun = True
 
     def write(self, lease: Lease, snapshot: Snapshot) -> int:
@@ -165,6 +166,7 @@ class SnapshotStore:
             expected = snapshot.num_bytes + OBJECT_BYTES - replaced
             self._check_quota(expected)
             if lease.epoch is None:
+                lease.moved = lease.moved or bool(objects.highest or objects.ended)
                 self._claim(lease, objects)
             assert lease.epoch is not None
             expires = self._clock() + self._seconds
@@ -349,7 +351,7 @@ class SnapshotStore:
 
     def _is_fenced(self, lease: Lease, objects: "_StoredObjects") -> bool:
         """Whether another replica has the sequence, or the client has ended it elsewhere."""
-        if lease.epoch is None:  # it has stored nothing; another one's mark is newer than its START
+        if lease.epoch is None:  # it has stored nothing; a mark is newer than its look at the store
             return lease.begun and objects.ended > 0
         if objects.ended >= lease.epoch or objects.highest > lease.epoch:
             return True

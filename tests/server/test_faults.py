@@ -1,5 +1,6 @@
 """Models unloaded, reloaded and killed, and servers ended, while sequences are live."""
 
+import itertools
 import queue
 import signal
 import time
@@ -165,16 +166,23 @@ def test_a_server_told_to_end_serves_its_sequences_until_they_have_ended(
         assert http(server, server.ports.http, "/v2/health/live") == 200
         assert add(client, "doomed", 1, 1.0) == (2.0, 2)  # not idle when the server is told to end
         kill(server.process.pid, signal.SIGTERM)
-        eventually(
-            lambda: "is stopping" in str(add(client, "doomed", 2, 1.0, start=True, end=True)),
-            "it refuses",
-        )
-        for step in range(3, 7):
-            assert add(client, "doomed", 1, 1.0) == (float(step), step)
+        steps = itertools.count(3)
+
+        def step(client: InferenceServerClient, *, end: bool = False) -> None:
+            count = next(steps)
+            assert add(client, "doomed", 1, 1.0, end=end) == (float(count), count)
+
+        def refuses() -> bool:
+            step(client)  # while Triton waits for HTTP connections: not idle
+            return "is stopping" in str(add(client, "doomed", 2, 1.0, start=True, end=True))
+
+        eventually(refuses, "it refuses")
+        for _ in range(4):
+            step(client)
             time.sleep(0.1)
         with InferenceServerClient(server.grpc_url) as late:  # over new connections too
-            assert add(late, "doomed", 1, 1.0) == (7.0, 7)
-        assert add(client, "doomed", 1, 1.0, end=True) == (8.0, 8)
+            step(late)
+        step(client, end=True)
         with pytest.raises(InferenceServerException, match="Server exiting"):
             client.is_server_live()
         assert http(server, server.ports.http, "/v2/health/live") is None

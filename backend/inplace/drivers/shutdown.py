@@ -12,7 +12,7 @@ from inplace.errors import Code, RequestError
 from inplace.runtime.instance import ModelInstance
 from inplace.runtime.slots import EndReason, SequenceId, SequenceState
 
-MAX_SILENCE = 0.5
+MAX_SILENCE = 2.0
 """Seconds since its last response after which a sequence is ended while the server stops. A client
 that sends one step after another is given the time to end its sequence itself."""
 

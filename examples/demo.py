@@ -27,7 +27,7 @@ console = Console(width=100)
 
 def serve(source: str, port: int) -> subprocess.Popen[bytes]:
     """Start `inplace serve`: it builds the model, unless the cache has it, and serves it."""
-    shown = ["inplace", "serve", source, f"--cache={CACHE}", f"--openai-port={port}"]
+    shown = ["inplace", "serve", source, f"--build-cache={CACHE}", f"--openai-port={port}"]
     console.print(f"$ {shlex.join(shown)}", highlight=False, soft_wrap=True)
     ports = ib.Ports(0, 0, 0).resolve()  # free ones, beside whatever runs here
     command = [sys.executable, "-m", "inplace_builder", *shown[1:], f"--log-file={LOG}"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from inplace import __version__
@@ -45,6 +45,21 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
 
 
+FOR_MODEL = (
+    "build_cache",
+    "dtype",
+    "weights",
+    "cache",
+    "capacity",
+    "slots",
+    "prompt_logprobs",
+    "snapshot_store",
+    "snapshot_secret_file",
+    "snapshot_every",
+)
+"""Options of `serve` that are for a model which it builds."""
+
+
 SnapshotSecretFile = Annotated[
     Path | None,
     typer.Option(help="File with 32 random bytes or more, the same for all servers of the store."),
@@ -54,6 +69,20 @@ SnapshotEvery = Annotated[
     typer.Option(
         help="Positions after which a living sequence is stored again; default: only when the "
         "server stops."
+    ),
+]
+WeightsOption = Annotated[
+    Weights,
+    typer.Option(
+        help="fp8: those of linear layers and experts are 8-bit floats with scales, the head's "
+        "are not; dequantized: none are; auto: as dequantized."
+    ),
+]
+CacheOption = Annotated[
+    Cache,
+    typer.Option(
+        help="fp8: cached keys and values are 8-bit floats with a scale for each layer and "
+        "head, half the bytes of bfloat16; auto: they have the type of --dtype."
     ),
 ]
 
@@ -92,21 +121,8 @@ def build(
     dtype: Annotated[
         Precision, typer.Option(help="Element type of weights and states.")
     ] = "float32",
-    weights: Annotated[
-        Weights,
-        typer.Option(
-            help="fp8: those of linear layers and experts are 8-bit floats with scales, the head's "
-            "are not; "
-            "dequantized: none are; auto: as dequantized."
-        ),
-    ] = "auto",
-    cache: Annotated[
-        Cache,
-        typer.Option(
-            help="fp8: cached keys and values are 8-bit floats with a scale for each layer and "
-            "head, half the bytes of bfloat16; auto: they have the type of --dtype."
-        ),
-    ] = "auto",
+    weights: WeightsOption = "auto",
+    cache: CacheOption = "auto",
     device: Annotated[
         Device | None,
         typer.Option(help="Where it runs; default: cpu for torch, cuda for TensorRT."),
@@ -370,7 +386,7 @@ def serve(
             "MODEL=hermes of one; repeatable; default: as its chat template says."
         ),
     ] = None,
-    cache: Annotated[
+    build_cache: Annotated[
         Path | None,
         typer.Option(help="Folder of built models; default: ~/.cache/inplace/models."),
     ] = None,
@@ -378,6 +394,8 @@ def serve(
         Precision | None,
         typer.Option(help="Element type of MODEL; default: float32 on a CPU, bfloat16 on a GPU."),
     ] = None,
+    weights: WeightsOption = "auto",
+    cache: CacheOption = "auto",
     capacity: Annotated[int, typer.Option(help="Positions that a sequence of MODEL holds.")] = 1024,
     slots: Annotated[int, typer.Option(help="Sequences of MODEL that live at the same time.")] = 8,
     prompt_logprobs: Annotated[
@@ -446,22 +464,13 @@ def serve(
 
             check_plain(arguments)
     with _errors("serve", "builder"):
-        if str(cache) in get_args(Cache):
-            raise BuildError(
-                f"--cache {cache} names a folder of built models here; for keys and values in fp8 "
-                f"call `inplace build MODEL --cache fp8`, and serve that --model-repository"
-            )
         snapshots = _snapshots(snapshot_store, snapshot_secret_file, snapshot_every)
-        if snapshots is not None and model is None:
-            raise BuildError(
-                "--snapshot-store is for MODEL; models of a repository name their store in"
-                " config.pbtxt: `inplace build --snapshot-store …` writes it there"
-            )
+        _check_given(context, with_model=model is not None)
     if model is not None:
         with _errors("serve", "builder"):
             options = _build_options(dtype, capacity, slots, prompt_logprobs=prompt_logprobs)
-            options = replace(options, snapshots=snapshots)
-            model_repository = _built(Path(model), cache, options)
+            options = replace(options, weights=weights, cache=cache, snapshots=snapshots)
+            model_repository = _built(Path(model), build_cache, options)
     with _errors("serve", "server"):
         from inplace.server.trust import TRUST_MODELS
 
@@ -509,6 +518,28 @@ def serve(
                 stack.enter_context(front)
                 console.print(f"OpenAI's protocol: {front.options.url}/v1", soft_wrap=True)
             _wait(server, front, interrupted)
+
+
+def _check_given(context: typer.Context, *, with_model: bool) -> None:
+    """Refuse options of `serve` that would be ignored.
+
+    Raises:
+        BuildError: one is for MODEL and there is none, or for a repository and there is MODEL.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [
+        name
+        for name in (["model_repository"] if with_model else FOR_MODEL)
+        if (source := sources[name]) is not None and source.name != "DEFAULT"
+    ]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise BuildError(
+            f"{options}: MODEL is built into a repository of its own; give one of the two"
+            if with_model
+            else f"{options}: for MODEL, and none was given; models of a repository are served as "
+            "`inplace build` built them, with these options"
+        )
 
 
 def _build_options(

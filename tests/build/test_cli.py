@@ -175,7 +175,7 @@ def test_inspect_prints_everything_of_an_engine(
         ),
         (
             ["serve", "--snapshot-store", "file:///s", "--snapshot-secret-file", "key"],
-            "error: --snapshot-store is for MODEL; models of a repository name their store in",
+            "error: --snapshot-store, --snapshot-secret-file: for MODEL, and none was given",
         ),
         (["inspect", "nowhere"], "error: nowhere/1/engine.json does not exist"),
         (
@@ -202,13 +202,19 @@ def test_an_unknown_dtype_is_refused_with_the_choices() -> None:
     assert "bfloat16" in err
 
 
-def test_an_unknown_cache_is_refused_and_serving_takes_a_folder() -> None:
+def test_an_unknown_cache_is_refused() -> None:
     status, _, err = inplace("build", ".", "--output", "m", "--cache", "int8")
     assert status == 2
     assert "'fp8'" in err
-    status, _, err = inplace("serve", ".", "--cache", "fp8")
+
+
+def test_options_of_serve_that_would_be_ignored_are_refused() -> None:
+    status, _, err = inplace("serve", "--cache", "fp8", "--slots", "8")
     assert status == 1
-    assert "call `inplace build MODEL --cache fp8`, and serve that --model-repository" in err
+    assert "--cache, --slots: for MODEL, and none was given" in err
+    status, _, err = inplace("serve", "model", "--model-repository", "models")
+    assert status == 1
+    assert "--model-repository: MODEL is built into a repository of its own" in err
 
 
 COMMAND = Path(sys.executable).with_name("inplace")

@@ -61,7 +61,7 @@ def serving(
     ports = Ports(0, 0, 0).resolve()
     front = Front(Ports(0).resolve().grpc)
     command = [sys.executable, "-m", "inplace_builder", "serve", str(source)]
-    command += [f"--cache={folder / 'cache'}", f"--openai-port={front.port}"]
+    command += [f"--build-cache={folder / 'cache'}", f"--openai-port={front.port}"]
     command += [f"--grpc-port={ports.grpc}", f"--http-port={ports.http}"]
     command += [f"--metrics-port={ports.metrics}", f"--log-file={folder / 'log'}", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

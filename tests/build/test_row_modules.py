@@ -23,6 +23,8 @@ KEPT = [
     "masked",
     "at a number",
     "buffers",
+    "bags",
+    "means of bags",
     "hooks",
     "parts",
 ]

@@ -413,6 +413,11 @@ def branching_on_an_index(x: Tensor, **limits: int) -> Any:
     )
 
 
+def sizes_of_bags(x: Tensor) -> Any:
+    ids = (x.abs() * 9).long().clamp(max=3).flatten()
+    return torch.embedding_bag(torch.eye(4), ids, torch.tensor([0, 2]), mode=1)[2]
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -460,6 +465,10 @@ def branching_on_an_index(x: Tensor, **limits: int) -> Any:
         (
             lambda: streaming(Of(lambda x: x.unique().sum()[None])),
             r"_unique2.* at .*row_cases.py.*cannot be run for several rows at once",
+        ),
+        (
+            lambda: streaming(Of(sizes_of_bags)),
+            r"embedding_bag.* at .*row_cases.py.*its result 2 is used",
         ),
         (
             lambda: streaming(Of(lambda x: torch.histc(x, 4, -2, 2))),

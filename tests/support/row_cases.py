@@ -304,6 +304,36 @@ def _encoder(norm_first: bool) -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
 
 
+class Bags(nn.Module):
+    """Bags of embeddings by constant offsets and by each row's own, and of a table in a state."""
+
+    table: Tensor
+
+    def __init__(self, mode: str, *, last: bool = False, padding: int | None = None) -> None:
+        super().__init__()
+        self.layer = nn.EmbeddingBag(
+            10, 4, mode=mode, include_last_offset=last, padding_idx=padding
+        )
+        self.register_buffer("table", noise(7, 10, 4))
+
+    def forward(self, x: Tensor) -> Any:
+        """``x``: ``[2, 3]``, also the weights of a sum."""
+        ids = (x.abs() * 37).long() % 10
+        flat = ids.flatten()
+        ends = [6] if self.layer.include_last_offset else []
+        at = ids[0, 0] % 7  # the first bag or the last may be empty
+        own = torch.stack([at * 0, at, *(at * 0 + end for end in ends)])
+        self.table.mul_(0.9)
+        of_state = F.embedding_bag(ids, self.table, mode=self.layer.mode)
+        bags = [self.layer(flat, torch.tensor([0, 2, 2, *ends])), self.layer(flat, own), of_state]
+        if not ends:
+            bags.append(self.layer(ids))
+        if self.layer.mode == "sum":
+            bags.append(self.layer(flat, own, per_sample_weights=x.flatten()))
+            bags.append(self.layer(flat, torch.tensor([0, 3, *ends]), x.flatten()))
+        return bags
+
+
 ROW_CASES = [
     RowCase("batch norm", lambda: Streaming(_norms(), (1, 8, 2)).eval(), (1, 8, 4)),
     RowCase("images", lambda: Streaming(_images(), (1, 2, 6, 2)), (1, 2, 6, 4)),
@@ -332,6 +362,10 @@ ROW_CASES = [
     RowCase("rolled", Rolled, (1, 8, 1)),
     RowCase("kalman", Kalman, (1, 3)),
     RowCase("counts", Counts, (1, 5)),
+    RowCase("bags", lambda: Bags("sum", padding=3), (2, 3)),
+    RowCase("means of bags", lambda: Bags("mean", last=True), (2, 3)),
+    RowCase("largest of bags", lambda: Bags("max", padding=-1), (2, 3)),
+    RowCase("bags to the last offset", lambda: Bags("sum", last=True, padding=3), (2, 3)),
     RowCase("spectrum", Spectrum, (1, 24)),
     RowCase("spectrum and back", lambda: Spectrum(inverse=True), (1, 24)),
     RowCase(

@@ -3,8 +3,9 @@
 A rule takes the arguments of a call for one row. A tensor that differs between rows comes as
 `RowTensor`, with an axis of the rows in front. It returns the results with that axis in front, or
 `NotImplemented` for arguments that it has nothing for; it raises `NotImplementedError` where no
-decomposition would be right either. An operator stays one operator where it can:
-a linear layer of many rows is a linear layer, a convolution one over a larger batch.
+decomposition would be right either. Results that only a gradient needs may be left out at the end.
+An operator stays one operator where it can: a linear layer of many rows is a linear layer, a
+convolution one over a larger batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -233,49 +234,6 @@ def _normalized(target: Any, x: Any, *arguments: Any, **options: Any) -> Any:
     return _unfolded(target(x.folded, *arguments, **options), x.rows.shape[0])
 
 
-def trilinear(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    expand_a: Sequence[int],
-    expand_b: Sequence[int],
-    expand_c: Sequence[int],
-    sum_dims: Sequence[int],
-    unroll: int = 1,
-) -> Tensor:
-    """``aten::_trilinear``, that `torch.nn.Bilinear` calls: PyTorch has no decomposition of it."""
-    for axes, place in ((expand_a, 0), (expand_b, 1), (expand_c, 2)):
-        for axis in axes:
-            if place == 0:
-                a = a.unsqueeze(axis)
-            elif place == 1:
-                b = b.unsqueeze(axis)
-            else:
-                c = c.unsqueeze(axis)
-    return (a * b * c).sum(list(sum_dims))
-
-
-def masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """``aten::masked_scatter`` with the place of each masked element counted."""
-    x, mask = torch.broadcast_tensors(x, mask)
-    places = mask.reshape(-1).cumsum(0).sub(1).clamp(0, source.numel() - 1)
-    return torch.where(mask, source.reshape(-1)[places].reshape(x.shape), x)
-
-
-def as_strided_scatter(
-    x: Tensor,
-    new: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    storage_offset: int | None = None,
-) -> Tensor:
-    """``aten::as_strided_scatter`` with an index, for a tensor that fills its memory in order."""
-    if not x.is_contiguous() or x.storage_offset():
-        raise ValueError("it writes the memory of a view")
-    places = torch.arange(x.numel()).as_strided(size, stride, storage_offset or 0)
-    return x.reshape(-1).index_copy(0, places.reshape(-1), new.reshape(-1)).reshape(x.shape)
-
-
 def _view_as_type(x: Any, dtype: torch.dtype) -> Any:
     """The bytes of each row as another type: the last axis changes with the size of an element."""
     if rank(x) == 0 and x.rows.dtype.itemsize != dtype.itemsize:
@@ -468,11 +426,49 @@ def _lookup(weight: Any, indices: Any, *options: Any) -> Any:
     return aten.embedding.default(weight, indices.rows, *options)
 
 
+def _embedding_bag(
+    weight: Any,
+    indices: Any,
+    offsets: Any,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """Bags that begin at the same entries in every row: the bags of all rows, one after the other.
+
+    Where rows have offsets of their own, a bag of one could reach into the entries of another.
+    """
+    if not isinstance(indices, RowTensor) or _any_rows(weight, offsets):
+        return NotImplemented
+    rows, entries = indices.rows.shape
+    starts = torch.arange(rows, dtype=offsets.dtype, device=offsets.device)[:, None] * entries
+    bags, *_ = aten.embedding_bag.padding_idx(
+        weight,
+        indices.folded,
+        (starts + offsets).reshape(-1),
+        scale_grad_by_freq,
+        mode,
+        sparse,
+        None if per_sample_weights is None else _folded_for(per_sample_weights, rows),
+        False,
+        padding_idx,
+    )
+    bags = _unfolded(bags, rows)
+    if include_last_offset:  # what follows the last offset is in no bag
+        bags = bags[:, :-1]
+    return [bags]
+
+
 def _rules() -> dict[Any, Rule]:
     rules: dict[Any, Rule] = {
         aten.matmul.default: _matmul,
         aten.linear.default: _linear,
         aten.embedding.default: _lookup,
+        aten.embedding_bag.default: _embedding_bag,
+        aten.embedding_bag.padding_idx: _embedding_bag,
         aten.scaled_dot_product_attention.default: _sdpa,
         aten.batch_norm.default: _batch_norm,
         aten.stft.default: _stft,

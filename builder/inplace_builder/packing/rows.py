@@ -23,15 +23,8 @@ from inplace_builder.errors import BuildError, brief
 from inplace_builder.graph.decomposition import find_decomposition, trace_decomposition
 from inplace_builder.graph.export import correct_lstm
 from inplace_builder.graph.nodes import source_line, value
-from inplace_builder.packing.row_rules import (
-    RULES,
-    RowTensor,
-    as_strided_scatter,
-    chosen,
-    masked_scatter,
-    pointwise,
-    trilinear,
-)
+from inplace_builder.packing.row_decompositions import DECOMPOSITIONS
+from inplace_builder.packing.row_rules import RULES, RowTensor, chosen, pointwise
 
 aten: Any = torch.ops.aten
 
@@ -144,7 +137,7 @@ class RowGraph:
     def _add(self, node: Node, known: dict[Node, Any]) -> Any:
         """Add one call: the node, or the nodes, of its results."""
         if node.target is operator.getitem and isinstance(known[node.all_input_nodes[0]], list):
-            return known[node.all_input_nodes[0]][node.args[1]]
+            return _result(node, known[node.all_input_nodes[0]])
         args, kwargs = map_arg((node.args, node.kwargs), lambda each: known[each])
         if node.target is torch.ops.higher_order.cond:
             return self._chosen(node, args)
@@ -201,7 +194,7 @@ class RowGraph:
     def _decomposed(self, node: Node, sources: Sequence[Node], reason: _NoRuleError) -> Any:
         """Add the decomposition of a call that has no rule itself."""
         target = node.target
-        decomposition = _OWN_DECOMPOSITIONS.get(target)
+        decomposition = DECOMPOSITIONS.get(target)
         if decomposition is None and isinstance(target, torch._ops.OpOverload):
             decomposition = find_decomposition(target)
         if decomposition is None:
@@ -275,13 +268,6 @@ class RowGraph:
                 }
                 known[node] = copied
         raise AssertionError("a graph returns something")
-
-
-_OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten._trilinear.default: trilinear,
-    torch.ops.aten.masked_scatter.default: masked_scatter,
-    torch.ops.aten.as_strided_scatter.default: as_strided_scatter,
-}
 
 
 class _TensorArgument:
@@ -447,6 +433,16 @@ def _refusal(node: Node, reason: str) -> BuildError:
         f"{node.target}{source_line(node)} cannot be run for several rows at once: {reason}; "
         f"write this line with other operators (products, gather, where)"
     )
+
+
+def _result(node: Node, results: list[Any]) -> Any:
+    """What a ``getitem`` takes of the results of a call; None for one that is not computed."""
+    index: Any = node.args[1]
+    if index < len(results):
+        return results[index]
+    if node.users:
+        raise _refusal(node.all_input_nodes[0], f"its result {index} is used, which has no rule")
+    return None
 
 
 def make_rows_dynamic(module: GraphModule, rows: int) -> None:

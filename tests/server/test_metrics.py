@@ -1,6 +1,5 @@
 """Metrics, log lines and liveness of a real tritonserver."""
 
-import json
 import re
 import signal
 import subprocess
@@ -12,9 +11,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
-import promql_parser
 import pytest
-import yaml
 from inplace.alive import failures, is_alive
 from inplace.client import Sequence
 from inplace.errors import Code, RequestError
@@ -24,6 +21,7 @@ from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
 from support import served
+from support.dashboards import alerts, selected_metrics, shown_metrics
 from support.generating import GrpcStream
 from support.models import CAPACITY, CHUNK, Repository
 from support.observed import Found, Observed, failing
@@ -35,7 +33,6 @@ from tritonclient.utils import InferenceServerException
 pytestmark = pytest.mark.server
 
 SLOTS = 3
-DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 @pytest.fixture(scope="module")
@@ -242,31 +239,21 @@ def test_the_series_of_an_unloaded_model_are_removed(observed: Observed) -> None
 
 
 def test_the_dashboard_shows_exactly_these_metrics(observed: Observed) -> None:
-    shown: set[str] = set()
-    board = json.loads((DEPLOY / "grafana/dashboards/inplace.json").read_text())
-    expressions = [
-        target["expr"] for panel in board["panels"] for target in panel.get("targets", ())
-    ]
-    assert len(expressions) > 20
-    for expression in expressions:
-        shown |= _selected(promql_parser.parse(expression.replace("$__rate_interval", "1m")))
     served = {name for name, _, _ in observed.samples("observed")}
     assert served == {metric.name for metric in exported_metrics()}
-    assert shown == served
+    assert shown_metrics("inplace") == served
 
 
 def test_alerts_are_of_metrics_and_label_values_that_exist(observed: Observed) -> None:
-    groups = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"]
     served = {name for name, _, _ in observed.samples("observed")}
     reasons = {
         labels["reason"]
         for name, labels, _ in observed.samples("observed")
         if name == "inplace_sequences_ended_total"
     }
-    for rule in (rule for group in groups for rule in group["rules"]):
-        parsed = promql_parser.parse(rule["expr"])
-        assert _selected(parsed) <= served
-        assert set(re.findall(r'reason="(\w+)"', rule["expr"])) <= reasons
+    for expression in alerts("inplace"):
+        assert selected_metrics(expression) <= served
+        assert set(re.findall(r'reason="(\w+)"', expression)) <= reasons
 
 
 def test_a_server_whose_models_answer_is_alive(observed: Observed) -> None:
@@ -336,19 +323,6 @@ def test_every_error_of_the_backend_but_a_failed_engine_counts_as_alive(code: Co
 
 def test_no_server_is_not_alive() -> None:
     assert set(failures("127.0.0.1:1", timeout=0.5)) == {"server"}
-
-
-def _selected(expression: promql_parser.Expr) -> set[str]:
-    """The names of the metrics in an expression."""
-    names: set[str] = set()
-
-    def visit(node: promql_parser.Expr) -> None:
-        if isinstance(node, promql_parser.VectorSelector):
-            assert node.name is not None
-            names.add(node.name)
-
-    promql_parser.walk(expression, visit)
-    return names
 
 
 def _bounds(values: Found, name: str) -> list[str]:

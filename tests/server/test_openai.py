@@ -21,6 +21,8 @@ from inplace.openai import Frontend, Limits
 from inplace.openai.keys import KeyFile, new_key
 from inplace.openai.models import load_models
 from openai.types.chat import ChatCompletionMessageParam
+from prometheus_client.parser import text_string_to_metric_families
+from support.dashboards import alerts, selected_metrics, shown_metrics
 from support.fronts import Front, running
 from support.models import greedy
 from support.openai_bodies import REQUESTS, check_answer
@@ -454,6 +456,13 @@ def test_health_and_metrics(front: Front) -> None:
     assert (status, headers["content-type"].partition(";")[0]) == (200, "text/plain")
     assert 'inplace_openai_requests_total{route="/health",status="200"}' in text
     assert "inplace_openai_first_token_seconds_bucket" in text
+    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    served = {each.name for each in samples if each.name.startswith("inplace_openai_")}
+    assert shown_metrics("openai") == served
+    expressions = alerts("inplace-openai")
+    assert all(selected_metrics(expression) <= served for expression in expressions)
+    labels = {label for each in samples for label in each.labels}
+    assert {label for each in expressions for label in re.findall(r"(\w+)!?=", each)} <= labels
 
 
 @hypothesis.given(REQUESTS)

@@ -429,8 +429,12 @@ def test_a_replica_is_ready_when_its_models_are_and_drains_before_it_is_killed()
         assert container[probe]["httpGet"] == {"path": "/", "port": "openai"}
 
 
-def test_the_dashboards_panels_are_laid_out() -> None:
-    board = json.loads((DEPLOY / "grafana/dashboards/inplace.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [("inplace", {"datasource", "model", "instance"}), ("openai", {"datasource", "instance"})],
+)
+def test_a_dashboards_panels_are_laid_out(name: str, variables: set[str]) -> None:
+    board = json.loads((DEPLOY / f"grafana/dashboards/{name}.json").read_text())
     panels = board["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
@@ -442,8 +446,4 @@ def test_the_dashboards_panels_are_laid_out() -> None:
         assert all(x < 24 for x, _ in cells)
         assert not cells & taken
         taken |= cells
-    assert {variable["name"] for variable in board["templating"]["list"]} == {
-        "datasource",
-        "model",
-        "instance",
-    }
+    assert {variable["name"] for variable in board["templating"]["list"]} == variables

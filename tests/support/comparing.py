@@ -64,15 +64,15 @@ class EagerStates:
             for state in capture.states
             if state.tensor.owner == "caller"
         )
-        self._given, self._module = dict(zip(names, tensors(given), strict=True)), module
+        self._names, self._given, self._module = list(names), given, module
 
     def __call__(self, state: CapturedState) -> Tensor:
         whole = state.tensor.module_tensor
-        return (
-            self._given[whole.name]
-            if whole.owner == "caller"
-            else own_state(self._module, whole.source)
-        )
+        if whole.owner != "caller":
+            return own_state(self._module, whole.source)
+        given = tensors(self._given)  # of now: a step may put another tensor into an object
+        assert len(given) == len(self._names)
+        return given[self._names.index(whole.name)]
 
 
 def compare_graph(

@@ -9,7 +9,7 @@ from inplace.standalone import Engine
 from inplace_builder.capture.capture import Capture
 from inplace_builder.capture.exported import ExportedCapture, capture_exported
 from inplace_builder.compare import same_bits
-from inplace_builder.states.adapt import attributes_of
+from inplace_builder.states.attributes import attributes_of
 from inplace_builder.states.objects import ObjectArguments
 from inplace_builder.states.rewrite import CapturedState
 from torch import Tensor, nn

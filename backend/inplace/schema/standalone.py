@@ -12,7 +12,7 @@ import builtins
 import collections
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import cached_property
 from types import SimpleNamespace
@@ -426,10 +426,31 @@ def with_attributes(spec: pytree.TreeSpec, given: Any) -> Any:
             **{name: with_attributes(child, getattr(given, name)) for name, child in parts}
         )
     children = spec.children()
-    if isinstance(given, Mapping) and spec.type is type(given) and spec.type is dict:
+    if type(given) is dict and spec.type is dict:
         parts = zip(spec.context, children, strict=True)
         fits = {name: with_attributes(child, given[name]) for name, child in parts if name in given}
         return {**given, **fits}
-    if spec.type in (list, tuple) and type(given) is spec.type and len(given) == len(children):
-        return spec.type(map(with_attributes, children, given))
+    if type(given) is spec.type and spec.type in pytree.SUPPORTED_NODES:
+        node = pytree.SUPPORTED_NODES[spec.type]
+        values, context = node.flatten_fn(given)
+        if context == spec.context and len(values) == len(children):
+            return node.unflatten_fn([*map(with_attributes, children, values)], context)
     return given
+
+
+def same_constant(value: object, expected: object) -> bool:
+    """Whether a number or text is the one that an engine was built for.
+
+    One of a class of its own, such as a member of an enum or a number of NumPy's, is the number or
+    text that it is.
+
+    Args:
+        value: of a call.
+        expected: of Python's own types.
+    """
+    kinds = (type(value), type(expected))
+    if bool in kinds and kinds[0] is not kinds[1]:
+        return False
+    if not isinstance(value, type(expected)):
+        return False
+    return value == expected or (value != value and expected != expected)  # noqa: PLR0124  NaN

@@ -20,6 +20,7 @@ from inplace.schema.standalone import (
     StandaloneState,
     holds_objects,
     load_tree,
+    same_constant,
     with_attributes,
 )
 from inplace.schema.tensor_file import as_dtype, read_tensors, write_tensors
@@ -435,7 +436,7 @@ def _check_computed(
 
 
 def _check_constant(argument: Argument, value: object) -> None:
-    if type(value) is not type(argument.value) or value != argument.value:
+    if not same_constant(value, argument.value):
         actual = f"a tensor of {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise CallError(
             f"argument {argument.where} is {actual}, the engine was built for {argument.value!r}, "

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.states.adapt import KeptValues, refuse_fake, states_only
+from inplace_builder.states.adapt import refuse_fake, states_only
+from inplace_builder.states.attributes import KeptValues
 from inplace_builder.states.objects import ObjectArguments
 
 

@@ -136,7 +136,7 @@ def capture_exported(
             module,
             adapted.args,
             states=adapted.states,
-            dynamic_shapes=dynamic_shapes,
+            dynamic_shapes=adapted.shapes(dynamic_shapes),
             kwargs=adapted.kwargs,
             shared=shared,
             batched=batched,

@@ -105,7 +105,11 @@ def build(
         )
     with adapted_states(module, example_inputs, kwargs, states) as adapted:
         exported = export_for(
-            module, adapted.args, engine, dynamic_shapes=dynamic_shapes, kwargs=adapted.kwargs
+            module,
+            adapted.args,
+            engine,
+            dynamic_shapes=adapted.shapes(dynamic_shapes),
+            kwargs=adapted.kwargs,
         )
         capture = capture_exported(
             exported,

@@ -116,7 +116,11 @@ def serialize(
     """
     with adapted_states(module, example_inputs, kwargs) as adapted:
         exported = export_for(
-            module, adapted.args, engine, dynamic_shapes=dynamic_shapes, kwargs=adapted.kwargs
+            module,
+            adapted.args,
+            engine,
+            dynamic_shapes=adapted.shapes(dynamic_shapes),
+            kwargs=adapted.kwargs,
         )
     capture = capture_exported(
         exported, assume_consecutive=assume_consecutive, strict=strict, alignment=alignment(engine)

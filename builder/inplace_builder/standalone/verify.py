@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from inplace_builder.compare import TOLERANCE, is_inexact, relative_error, same_bits
 from inplace_builder.errors import BuildError, brief, rejected
-from inplace_builder.states.adapt import KeptValues, refuse_fake
+from inplace_builder.states.adapt import refuse_fake
+from inplace_builder.states.attributes import KeptValues
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 """Types that positions may have: PyTorch does not compute with the other integer types."""

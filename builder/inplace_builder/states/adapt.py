@@ -24,11 +24,13 @@ from torch.utils import _pytree as pytree
 
 from inplace_builder.compare import same_bits
 from inplace_builder.errors import BuildError, brief
-from inplace_builder.states.objects import (
-    ObjectArguments,
+from inplace_builder.states.attributes import (
+    KeptValues,
     attribute_mapping,
-    attributes_of_object,
+    attributes_of,
+    holder_of,
 )
+from inplace_builder.states.objects import ObjectArguments, write_states
 
 Output = int | str
 """The place of an output among the leaves of what a module returns; or the field or key of it."""
@@ -72,7 +74,8 @@ def adapted_states(
             "the module has lazy parameters, whose extents are not known yet: call it once "
             "before it is captured"
         )
-    given = ObjectArguments(tuple(example_inputs), kwargs or {})
+    names = [*inspect.signature(module.forward).parameters]
+    given = ObjectArguments(tuple(example_inputs), kwargs or {}, names)
     with KeptValues(module).kept():
         if given.has_objects:
             _make_objects(module, given)
@@ -96,6 +99,10 @@ class AdaptedStates:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     objects: ObjectArguments | None = None
+
+    def shapes(self, dynamic_shapes: Any) -> Any:
+        """Dynamic shapes of the user's arguments as those of `args` and `kwargs`."""
+        return dynamic_shapes if self.objects is None else self.objects.shapes(dynamic_shapes)
 
 
 def _make_objects(module: nn.Module, given: ObjectArguments) -> None:
@@ -232,12 +239,66 @@ class _ModuleCall:
                 f"set_(): write its values, {moved[0]}.copy_(…)"
             )
         _refuse_late(module, after)
+        _refuse_replaced(leaves, _named_leaves(module, args, named))
+        changed = {path: _changed(path, *value, after) for path, value in before.items()}
+        shared = [(_memory(leaf), path) for path in sorted(written) for leaf, _ in kept[path]] + [
+            (_memory(tensor), "a buffer or parameter")
+            for tensor, version in zip(own, versions, strict=True)
+            if tensor._version != version
+        ]
+        for path in before:
+            if changed[path]:
+                _refuse_parted(path, before[path][1], after[path], shared)
         self.attributes = {
-            path: value[0]
-            for path, value in before.items()
-            if _changed(path, *value, after) or path in written
+            path: _initial(*before[path], after[path])
+            for path in before
+            if changed[path] or path in written
         }
         return self
+
+
+def _initial(old: Any, leaves: Sequence[Any], values: Sequence[Any], new: Sequence[Any]) -> Any:
+    """An attribute as a state begins: what was only written in place is the same tensor.
+
+    So attributes that are one tensor, or parts of one, still are.
+    """
+    kept = [
+        leaf.detach() if isinstance(leaf, Tensor) and leaf is other else value
+        for leaf, value, other in zip(leaves, values, new, strict=True)
+    ]
+    return pytree.tree_unflatten(kept, pytree.tree_structure(old))
+
+
+def _refuse_replaced(before: Sequence[tuple[str, Any]], after: Sequence[tuple[str, Any]]) -> None:
+    """BuildError if a list or dictionary among the arguments has another tensor after a call."""
+    for (name, old), (other, new) in zip(before, after, strict=False):
+        if name == other and isinstance(old, Tensor) and old is not new:
+            raise BuildError(
+                f"a step puts another tensor in the place of {name}, in a list or dictionary of "
+                f"its caller: write the values, {name}.copy_(…)"
+            )
+
+
+def _refuse_parted(
+    path: str, leaves: Sequence[Any], new: Sequence[Any], written: Sequence[tuple[int, str]]
+) -> None:
+    """BuildError if a step replaces a tensor that another name has too, and writes that one.
+
+    They are one tensor in the first step and two in the next.
+
+    Args:
+        path: of the attribute that is replaced.
+        leaves, new: its tensors before and after the step.
+        written: the memory that the step writes, and what has it.
+    """
+    replaced = {_memory(leaf) for leaf, other in zip(leaves, new, strict=True) if leaf is not other}
+    for memory, name in written:
+        if memory in replaced and memory and name != path:
+            raise BuildError(
+                f"attribute {path} and {name} share memory before the first step, which writes it "
+                f"and gives {path} another tensor: write the values, {path}.copy_(…), or give each "
+                f"memory of its own"
+            )
 
 
 def _memory(tensor: Tensor) -> int:
@@ -401,10 +462,12 @@ def _register_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> No
             part[name] = value
         try:
             returned = forward(*args, **kwargs)
+            pairs: list[tuple[Tensor, Any]] = []
             for path, tensors in states:
                 prefix, _, name = path.rpartition(".")
                 new = pytree.tree_leaves(attribute_mapping(holder_of(module, prefix))[name])
-                _copy_all(zip(tensors, new, strict=True))
+                pairs += zip(tensors, new, strict=True)
+            returned = write_states(pairs, returned)
         finally:
             for container, key, value in links:  # a step may have put another object there
                 if container[key] is not value:
@@ -426,8 +489,7 @@ def _links(module: nn.Module, path: str) -> list[tuple[Any, Any, Any]]:
             continue
         in_order = isinstance(holder, list | tuple)
         key: Any = int(name) if in_order else name
-        is_container = in_order or isinstance(holder, dict)
-        container = holder if is_container else attribute_mapping(holder)
+        container = holder if in_order else attribute_mapping(holder)
         value = container[key]
         if not isinstance(container, tuple):
             links.append((container, key, value))
@@ -457,14 +519,6 @@ def _owner(module: nn.Module, path: str) -> tuple[str, str]:
     parts = dict(module.named_modules())
     count = next(n for n in reversed(range(len(names))) if ".".join(names[:n]) in parts)
     return ".".join(names[:count]), "_".join(names[count:])
-
-
-def _copy_all(pairs: Any) -> None:
-    """Copy new values into states; none is computed from a state that was written already."""
-    changed = [(old, new) for old, new in pairs if old is not new]
-    fresh = [new.clone() for _, new in changed] if len(changed) > 1 else [x for _, x in changed]
-    for (old, _), new in zip(changed, fresh, strict=True):
-        old.copy_(new)
 
 
 # States that are passed in and returned.
@@ -575,8 +629,7 @@ def _write_returned(module: nn.Module, pairs: Mapping[int, int]) -> None:
         returned = forward(*args, **kwargs)
         leaves = pytree.tree_leaves(returned)
         remaining = _without(returned, states_only(pairs, leaves))
-        _copy_all((given[place], leaves[of]) for place, of in pairs.items())
-        return remaining
+        return write_states([(given[place], leaves[of]) for place, of in pairs.items()], remaining)
 
     module.__dict__["forward"] = adapted
 
@@ -601,143 +654,6 @@ def _without(returned: Any, states: Collection[int]) -> Any:
             key: leaf for place, (key, leaf) in enumerate(returned.items()) if place not in states
         }
     return kept[0] if len(kept) == 1 else tuple(kept)
-
-
-# What a module holds: attributes of its own, of its parts and of their objects.
-
-
-_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
-"""Attributes of every module that are PyTorch's."""
-
-_PLAIN = (Tensor, bool, int, float, str, type(None))
-"""What a container may hold to be one attribute; else each item of it is one."""
-
-MAX_DEPTH = 3
-"""Objects, lists and dictionaries between a module and an attribute with a tensor."""
-
-
-def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module, its parts and their objects that hold tensors or numbers.
-
-    Returns:
-        Their values by their path: ``encoder.hidden``, ``encoder.cache.keys``, ``caches.0.keys``.
-    """
-    attributes: dict[str, Any] = {}
-    seen: set[int] = set()
-
-    def collect(path: str, value: Any, depth: int) -> None:
-        leaves = pytree.tree_leaves(value)
-        has_tensors = any(isinstance(x, Tensor) for x in leaves)
-        holds_others = any(not isinstance(x, _PLAIN) for x in leaves)
-        if isinstance(value, int | float) or (has_tensors and not holds_others):
-            is_shared = isinstance(value, dict | list | deque) and id(value) in seen
-            if not is_shared:  # one that several parts have is a state once
-                attributes[path] = value
-                seen.add(id(value))
-        elif depth < MAX_DEPTH and id(value) not in seen:
-            seen.add(id(value))
-            for name, part in _contents(value):
-                collect(f"{path}.{name}", part, depth + 1)
-
-    for prefix, part in module.named_modules():
-        for name, value in vars(part).items():
-            if name not in _OWN_ATTRIBUTES and not isinstance(value, nn.Module):
-                collect(f"{prefix}.{name}" if prefix else name, value, 0)
-    return attributes
-
-
-def holder_of(module: nn.Module, path: str) -> Any:
-    """The object at a path, which an attribute belongs to; None if there is none."""
-    holder: Any = module
-    for name in path.split(".") if path else ():
-        if isinstance(holder, nn.Module) and name in holder._modules:
-            holder = holder._modules[name]
-        else:
-            parts = vars(holder) if isinstance(holder, nn.Module) else dict(_contents(holder))
-            holder = parts.get(name)
-    return holder
-
-
-def _contents(value: Any) -> list[tuple[str, Any]]:
-    """What an object, a list or a dictionary holds, by name."""
-    if isinstance(value, list | tuple):
-        return [(str(place), each) for place, each in enumerate(value)]
-    if isinstance(value, dict):
-        return [(key, each) for key, each in value.items() if isinstance(key, str)]
-    return [*attributes_of_object(value).items()]
-
-
-class KeptValues:
-    """The values of a module's buffers and attributes, of its parts and of their objects.
-
-    Tensors, lists and objects stay what they are, so whatever refers to them has their values too.
-
-    Args:
-        module: the module.
-        parameters: its parameters too.
-    """
-
-    def __init__(self, module: nn.Module, *, parameters: bool = False) -> None:
-        self._parameters = parameters
-        self._tensors: list[tuple[Tensor, Tensor]] = []
-        self._containers: list[tuple[Any, list[Any]]] = []
-        self._seen: set[int] = set()
-        self._keep(module, 0)
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Give the module these values, and again when the context ends."""
-        self._restore()
-        try:
-            yield
-        finally:
-            self._restore()
-
-    def _keep(self, value: Any, depth: int) -> None:
-        """Keep the value of a tensor or a container, and of what it holds."""
-        if id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        if isinstance(value, Tensor):
-            if self._parameters or not isinstance(value, nn.Parameter):
-                self._keep_tensor(value)
-        elif isinstance(value, MutableMapping | list | deque | set | tuple):
-            if not isinstance(value, tuple):
-                self._containers.append((value, _content(value)))
-            for each in _content(value):
-                self._keep(each, depth)
-        elif isinstance(value, nn.Module):
-            self._keep(vars(value), 0)
-        elif depth < MAX_DEPTH and (attributes := attributes_of_object(value)):
-            self._keep(attributes, depth + 1)
-
-    def _keep_tensor(self, tensor: Tensor) -> None:
-        is_plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
-        if is_plain and tensor.layout is torch.strided and tensor.device.type != "meta":
-            self._tensors.append((tensor, tensor.detach().clone()))
-
-    def _restore(self) -> None:
-        for container, content in self._containers:
-            if [*map(id, _content(container))] != [*map(id, content)]:
-                container.clear()
-                half = len(content) // 2
-                if isinstance(container, MutableMapping):
-                    container.update(zip(content[:half], content[half:], strict=True))
-                elif isinstance(container, set):
-                    container.update(content)
-                else:
-                    container.extend(content)
-        for tensor, value in self._tensors:  # one may be written by way of ``data`` too
-            if not same_bits(tensor.detach().reshape(-1), value.reshape(-1)):
-                with torch.no_grad():
-                    tensor.copy_(value)
-
-
-def _content(container: Any) -> list[Any]:
-    """What a container holds; of a dictionary the keys, then the values."""
-    if isinstance(container, MutableMapping):
-        return [*container, *container.values()]
-    return [*container]
 
 
 def refuse_fake(returned: Iterable[Any]) -> None:

@@ -208,15 +208,16 @@ def test_only_sequences_of_one_salt_share(
 def test_the_time_to_the_first_token_tells_nothing_of_other_tenants(
     engines: Engines, opened: list[Reusing]
 ) -> None:
+    """Processor time: others run on the machine too."""
     _, model = long_stream(engines, 8)
     opened.append(client := Reusing(open_instance(model), PrefixOptions()))
     took: dict[str, list[float]] = {"fresh": [], "other tenant": [], "again": []}
     for number in range(9):
         ids = random_prompt(number, 640)
         for name, key in (("fresh", ALICE), ("other tenant", BOB), ("again", ALICE)):
-            begin = time.perf_counter()
+            begin = time.process_time()
             client.generate(f"{name} {number}", ids, 1, end=True, **key).wait()
-            took[name].append(time.perf_counter() - begin)
+            took[name].append(time.process_time() - begin)
     fresh, other, again = map(statistics.median, took.values())
     assert again < 0.5 * fresh, took
     assert other > 0.75 * fresh, took

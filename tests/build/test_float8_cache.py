@@ -201,11 +201,13 @@ def test_measured_scales_leave_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_verification_sees_scales_that_are_too_small(tmp_path: Path) -> None:
-    """An engine that clips what its model does not clip is refused."""
+@pytest.mark.parametrize("factor", long_except([1.05], [1.05, 1 / 32]))
+def test_verification_sees_other_scales(tmp_path: Path, factor: float) -> None:
+    """An error of 5 % is refused, though 8-bit floats round by as much; so is one that clips."""
     model = llama()
-    small, fitting = torch.full((2,), 2e-3), torch.full((2,), 0.0625)
-    model.cache_scales = CacheScales(dict.fromkeys(range(2), (small, small)))
+    fitting = torch.full((2,), 0.0625)
+    other = fitting * factor
+    model.cache_scales = CacheScales(dict.fromkeys(range(2), (fitting, other)))
     capture = capture_decoder(model, DecoderOptions(48, 2, 8))
     model.cache_scales = CacheScales(dict.fromkeys(range(2), (fitting, fitting)))
     with pytest.raises(BuildError, match=r"from the model in float32 by .*, where the model's own"):
@@ -331,6 +333,12 @@ def test_models_without_such_caches_are_refused(
         ({"k_scale": (0.1, 0.0), "v_scale": (1.0, 1.0)}, r"k_scale = \[0\.0\]; expected positive"),
         ({"k_scale": (0.1,), "kv_scale": (0.1,)}, "another scale of the keys of layer 0"),
         ({"kv_scale": ([0.1] * 3, [0.1] * 3)}, r"3 scales .* in layer 0, which has 2 heads"),
+        (
+            {"k_scale": (0.1, 0.1), "v_scale": (0.1, [0.1, 1e-6])},
+            r"1e-06 of cached values in layer 1, head 1, .* caches numbers up to 0\.000448, and",
+        ),
+        ({"kv_scale": (1e6, 1e6)}, r"1e\+06 of cached keys in layer 0, head 0, .* to few bits"),
+        ({"kv_scale": (1e-42, 1e-42)}, r"kv_scale = \[.*e-42\]; expected positive"),
     ],
 )
 def test_scales_that_do_not_fit_are_refused(
@@ -351,6 +359,17 @@ def test_a_checkpoint_may_have_a_scale_of_each_head(tmp_path: Path) -> None:
     assert torch.equal(keys, torch.tensor([0.1, 0.2]))
     assert torch.equal(values, keys)
     assert model.cache_scales.by_layer()[1][0].tolist() == [torch.tensor(0.3).item()] * 2
+
+
+def test_tokens_that_are_no_texts_are_called_so(tmp_path: Path) -> None:
+    """A tokenizer with more tokens than the model has is not used."""
+    model = llama()
+    model.save_pretrained(tmp_path)
+
+    def tokenize(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [128 + ord(text[0])]}
+
+    assert "random tokens" in quantize_cache(model, tmp_path, tokenize, 32)
 
 
 def test_options_that_do_not_fit_are_refused() -> None:

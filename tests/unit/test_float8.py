@@ -15,7 +15,15 @@ from inplace.kernels.linear_kernels import (
     sliced_k_kernel,
 )
 from inplace.operators import attention, grouped_linear, linear
-from inplace.operators.float8 import FLOAT8, dequantize, num_groups, quantize, quantize_heads
+from inplace.operators.float8 import (
+    FLOAT8,
+    MIN_SCALE,
+    dequantize,
+    num_groups,
+    power_of_two,
+    quantize,
+    quantize_heads,
+)
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -36,6 +44,18 @@ def test_rounding_keeps_three_bits_of_each_number() -> None:
     error = (dequantize(values, scale, 40) - x).abs()
     bound = torch.maximum(x.abs() / 16, scale.repeat_interleave(40, 1)[:, :100] * 2.0**-10)
     assert (error <= bound * 1.0001).all()
+
+
+def test_numbers_below_all_scales_are_no_nan() -> None:
+    """A scale of 0 would make NaN of the zeros beside them."""
+    tiny = torch.tensor([[0.0, 1e-45, 1e-43], [0.0, 0.0, 1e-40]])
+    values, scale = quantize(tiny)
+    assert (scale > 0).all()
+    torch.testing.assert_close(dequantize(values, scale), tiny, rtol=0.07, atol=1e-42)
+    largest = torch.tensor([0.0, 1e-45, 1e-42, 1e-20, 448.0, 449.0, 3e38])
+    scale = power_of_two(largest)
+    assert scale.tolist() == [1, *[MIN_SCALE] * 2, 2.0**-75, 1, 2, 2.0**120]
+    assert quantize_heads(largest.expand(1, 7)[:, :, None], scale).float().isfinite().all()
 
 
 @pytest.mark.parametrize("group", [0, 32])

@@ -378,7 +378,8 @@ def quantize_kernel(
     token = tl.program_id(0).to(tl.int64) * inputs + first
     value = tl.load(x + token + k, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(value), 0)
-    scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, 448.0))
+    scale = tl.div_rn(largest, 448.0)
+    scale = tl.where(scale == 0.0, 1.0, scale)
     value = tl.clamp(tl.div_rn(value, tl.broadcast_to(scale, (BLOCK,))), -448.0, 448.0)
     tl.store(out + token + k, value.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), scale)

@@ -11,6 +11,8 @@ from torch import Tensor
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of `FLOAT8`."""
+MIN_SCALE = 2.0**-100
+"""The smallest power of two that is a scale: a GPU takes no number for 0 that it makes."""
 
 
 def num_groups(inputs: int, group: int) -> int:
@@ -27,7 +29,7 @@ def quantize(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``[..., inputs]`` `FLOAT8`, and their scales ``[..., groups]`` float32: ``max |x| / 448``,
-        and 1 where all are zero. An element is ``x / scale``, rounded to the nearest, ties to even.
+        and 1 where that is 0. An element is ``x / scale``, rounded to the nearest, ties to even.
     """
     wide = x.float()
     inputs = wide.shape[-1]
@@ -35,8 +37,22 @@ def quantize(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
     padding = groups * group - inputs if group else 0
     padded = torch.nn.functional.pad(wide, (0, padding))
     largest = padded.unflatten(-1, (groups, -1)).abs().amax(-1)
-    scale = torch.where(largest == 0, 1.0, largest / LARGEST)
+    scale = largest / LARGEST
+    scale = torch.where(scale == 0, 1.0, scale)  # also where that is below all numbers
     return (wide / spread(scale, inputs, group)).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """The smallest powers of two with which numbers up to these are no larger than `LARGEST`.
+
+    Args:
+        largest: of any floating type.
+
+    Returns:
+        float32, at least `MIN_SCALE`, and 1 for 0.
+    """
+    exponents = torch.ceil(torch.log2(largest.double() / LARGEST))
+    return torch.where(largest == 0, 1.0, exponents.exp2()).clamp(min=MIN_SCALE).float()
 
 
 def spread(scale: Tensor, inputs: int, group: int) -> Tensor:

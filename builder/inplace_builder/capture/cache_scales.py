@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from inplace.operators.float8 import LARGEST, quantize_heads
+from inplace.operators.float8 import LARGEST, MIN_SCALE, power_of_two, quantize_heads
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
@@ -30,6 +30,12 @@ HEADROOM = 2
 Scales are powers of two, so it is up to twice as much. A number keeps its 3 bits from 1/28672 of
 the largest cached one on, so this costs no precision.
 """
+
+MAX_CLIPPING = 8
+"""How much larger than the largest cached number a number may be, by a checkpoint's scales."""
+
+SMALLEST_NORMAL = 2.0**-6
+"""The smallest 8-bit float with 3 bits."""
 
 TEXTS = (
     "The harbour was quiet that morning. Two fishing boats had come in before sunrise, and their "
@@ -156,7 +162,7 @@ def quantize_cache(
         BuildError: the model keeps no keys and values, or scales of the checkpoint do not fit.
     """
     stored = read_scales(source)
-    prompts = _prompts(model, tokenizer, 2 if stored else min(CALIBRATION_TOKENS, capacity))
+    prompts, kind = _prompts(model, tokenizer, 2 if stored else min(CALIBRATION_TOKENS, capacity))
     largest = _measure(model, prompts[:1] if stored else prompts)
     missing = [layer for layer in largest if len(stored.get(layer, {})) < len(_NAMES)]
     if stored and missing:
@@ -166,16 +172,12 @@ def quantize_cache(
             f"checkpoint, so that they are measured, or leave cache out"
         )
     scales = {
-        layer: (
-            _fitting(stored[layer]["key"], keys, layer) if stored else _power_of_two(keys),
-            _fitting(stored[layer]["value"], values, layer) if stored else _power_of_two(values),
-        )
+        layer: (_scale("key", layer, keys, stored), _scale("value", layer, values, stored))
         for layer, (keys, values) in largest.items()
     }
     model.cache_scales = CacheScales(scales)
     how = "those of the checkpoint"
     if not stored:
-        kind = "random tokens" if tokenizer is None else "tokens of texts"
         how = f"measured with {sum(map(len, prompts))} {kind}"
     parts = []
     for index, name in enumerate(("keys", "values")):
@@ -199,7 +201,7 @@ def read_scales(source: Path | str) -> dict[int, dict[str, Tensor]]:
         return found
     for name, tensor in read_weights(files.folder, lambda name: bool(_kinds(name))):
         scale, layer = tensor.float().flatten(), re.search(r"\.(\d+)\.", name)
-        if layer is None or not (torch.isfinite(scale) & (scale > 0)).all():
+        if layer is None or not (torch.isfinite(scale) & (scale >= MIN_SCALE)).all():
             raise BuildError(
                 f"{source} holds {name} = {scale.tolist()[:4]}; expected positive numbers, the "
                 f"scales of a numbered layer"
@@ -221,15 +223,16 @@ def _kinds(name: str) -> list[str]:
 
 def _prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, limit: int
-) -> list[Tensor]:
-    """Token ids to measure with, each ``[tokens]``."""
+) -> tuple[list[Tensor], str]:
+    """Token ids to measure with, each ``[tokens]``, and what they are in words."""
     size = model.config.get_text_config(decoder=True).vocab_size
     if tokenizer is not None:
         encoded = [torch.tensor(tokenizer(text)["input_ids"])[:limit] for text in TEXTS]
         if all(len(ids) and int(ids.max()) < size for ids in encoded):
-            return encoded
+            return encoded, "tokens of texts"
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, size, (limit,), generator=generator) for _ in range(2)]
+    random = [torch.randint(0, size, (limit,), generator=generator) for _ in range(2)]
+    return random, "random tokens"
 
 
 def _measure(model: PreTrainedModel, prompts: Sequence[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -267,22 +270,49 @@ def _measure(model: PreTrainedModel, prompts: Sequence[Tensor]) -> dict[int, tup
     return dict(sorted(largest.items()))
 
 
-def _power_of_two(largest: Tensor) -> Tensor:
+def _scale(
+    kind: str, layer: int, largest: Tensor, stored: Mapping[int, Mapping[str, Tensor]]
+) -> Tensor:
+    """The scales of keys or values of a layer: the checkpoint's, or for what was measured."""
+    if not stored:
+        return _with_headroom(largest)
+    return _fitting(stored[layer][kind], largest, f"{kind}s in layer {layer}")
+
+
+def _with_headroom(largest: Tensor) -> Tensor:
     """Scales with which numbers `HEADROOM` times as large as these are no larger than `LARGEST`."""
-    exponents = torch.ceil(torch.log2(largest.double() * HEADROOM / LARGEST))
-    return torch.where(largest == 0, 1.0, exponents.exp2()).float()
+    return power_of_two(largest.double() * HEADROOM)
 
 
-def _fitting(scale: Tensor, largest: Tensor, layer: int) -> Tensor:
+def _fitting(scale: Tensor, largest: Tensor, what: str) -> Tensor:
     """A scale of a checkpoint for each head.
 
+    Args:
+        scale: of the checkpoint.
+        largest: the largest number of each head, measured with a few tokens.
+        what: what is scaled, in words.
+
     Raises:
-        BuildError: it is neither one for all nor one for each.
+        BuildError: it is neither one for all nor one for each, or much too small or too large.
     """
     heads = len(largest)
     if len(scale) not in (1, heads):
         raise BuildError(
-            f"the checkpoint has {len(scale)} scales of cached keys or values in layer {layer}, "
-            f"which has {heads} heads; expected one, or one for each head"
+            f"the checkpoint has {len(scale)} scales of cached {what}, which has {heads} heads; "
+            f"expected one, or one for each head"
         )
-    return scale.expand(heads).clone()
+    of_heads = scale.expand(heads).clone()
+    # a head that has its scale in common with larger ones may be small
+    compared = largest.max().expand(heads) if len(scale) == 1 else largest
+    small = (compared < of_heads * SMALLEST_NORMAL) & (largest > 0)
+    wrong = small | (largest > of_heads * LARGEST * MAX_CLIPPING)
+    if wrong.any():
+        head = int(wrong.int().argmax())
+        raise BuildError(
+            f"the checkpoint has the scale {float(of_heads[head]):.3g} of cached {what}, head "
+            f"{head}, with numbers up to {float(largest[head]):.3g} after a few tokens: it caches "
+            f"numbers up to {float(of_heads[head]) * LARGEST:.3g}, and rounds those below "
+            f"{float(of_heads[head]) * SMALLEST_NORMAL:.3g} to few bits; remove the scales from "
+            f"the checkpoint, so that they are measured"
+        )
+    return of_heads

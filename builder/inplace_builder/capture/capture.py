@@ -44,7 +44,8 @@ class Capture:
         min_capacity: the smallest capacity that may be chosen at load; None if it is fixed.
         initial: the tensors that `StateSpec.initial` names, of one slot each.
         float32_reference: makes the same model in float32, to tell its own rounding from an
-            engine's error; None if its weights are not rounded, or if there is no such model.
+            engine's error; None if neither its weights nor its caches are rounded, or if there is
+            no such model.
         perturbed_reference: makes the model with its token embeddings rounded otherwise, at random,
             by a seed: what it computes may differ as much from one rounding to another; None where
             there is no float32_reference.

@@ -22,6 +22,9 @@ REFERENCE_CHUNK = 1024
 """Tokens of the model's own forward; more are fed in several, through transformers' own cache."""
 
 
+CHANGE_FLOAT32 = 2.0**-14
+"""The part of itself that embeddings of a float32 model are changed by, half of its tolerance."""
+
 OPTIONS = ("softcap", "s_aux")
 """What layers pass to an attention function that may ignore it: soft-caps and sinks."""
 
@@ -32,16 +35,16 @@ THRESHOLD_NAMES = ("window", "chunk", "floor_scale", "original_max_position", "l
 def references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
     """The fields of a capture that say what it is verified against, and how far.
 
-    The model is the reference in its own type and, if that or its cache rounds, in float32 with a
-    cache that does not. It attends by its own code where the attention function that it is set to
+    The model is the reference in its own type and, if that or its cache rounds, in float32, with
+    the same cache. It attends by its own code where the attention function that it is set to
     ignores something that it is given.
     """
     eager = ignores_options(model)
     config = model.config.get_text_config(decoder=True)
-    rounds = model.dtype in (torch.float16, torch.bfloat16)
+    rounds = model.dtype in (torch.float16, torch.bfloat16) or cache_scales(model) is not None
 
     def float32_reference() -> Reference:
-        return reference(float32_copy(model), as_fed=as_fed, eager=eager, rounds_cache=False)
+        return reference(float32_copy(model), as_fed=as_fed, eager=eager)
 
     def perturbed_reference(seed: int) -> Reference:
         run = reference(model, as_fed=as_fed, eager=eager)
@@ -54,25 +57,20 @@ def references(model: PreTrainedModel, *, as_fed: bool) -> dict[str, Any]:
 
     return {
         "reference": reference(model, as_fed=as_fed, eager=eager),
-        "float32_reference": (
-            float32_reference if rounds or cache_scales(model) is not None else None
-        ),
+        "float32_reference": float32_reference if rounds else None,
         "perturbed_reference": perturbed_reference if rounds else None,
         "thresholds": frozenset([*_thresholds(config.to_dict()), *sparse_limits(config)]),
     }
 
 
-def reference(
-    model: PreTrainedModel, *, as_fed: bool, eager: bool = False, rounds_cache: bool = True
-) -> Reference:
-    """The model on one sequence.
+def reference(model: PreTrainedModel, *, as_fed: bool, eager: bool = False) -> Reference:
+    """The model on one sequence, with keys and values rounded as the engine does.
 
     Args:
         model: the model.
         as_fed: feed the tokens of each request together, because tokens that are fed together see
             each other; else as few times as possible.
         eager: let it attend by its own code.
-        rounds_cache: round keys and values as the engine does, if it caches them in fp8.
     """
 
     def run(requests: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -80,8 +78,7 @@ def reference(
         if not as_fed:
             parts = list(torch.cat(parts).split(REFERENCE_CHUNK))
         with torch.no_grad(), eager_attention(model) if eager else nullcontext():
-            cache = rounding_cache(model) if rounds_cache else None
-            logits = _last_logits(model, parts, cache).float().cpu()
+            logits = _last_logits(model, parts, rounding_cache(model)).float().cpu()
         return {"next_token": logits.argmax(-1, keepdim=True), "logits": logits}
 
     return run
@@ -134,14 +131,18 @@ def embeddings_rounded_otherwise(model: PreTrainedModel, seed: int) -> Iterator[
     """Change each element of token embeddings by one rounding, up or down or not, by chance.
 
     Args:
-        model: a model in a type of 16 bits.
+        model: a model in a type of 16 bits, or with a cache of 8 bits. Another number is rounded
+            there where two computations differ in a last bit, which in float32 is rare, so there
+            the change is `CHANGE_FLOAT32`.
         seed: of the changes.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def change(_: object, __: object, embedded: Tensor) -> Tensor:
         direction = torch.randint(-1, 2, embedded.shape, generator=generator)
-        step = direction.to(embedded.device) * (torch.finfo(embedded.dtype).eps / 2)
+        step = direction.to(embedded.device) * max(
+            torch.finfo(embedded.dtype).eps / 2, CHANGE_FLOAT32
+        )
         return (embedded.float() * (1 + step)).to(embedded.dtype)
 
     handle = model.get_input_embeddings().register_forward_hook(change)

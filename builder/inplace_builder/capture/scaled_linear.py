@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from inplace.operators import linear
-from inplace.operators.float8 import FLOAT8, LARGEST, dequantize, quantize
+from inplace.operators.float8 import FLOAT8, dequantize, power_of_two, quantize
 from inplace.schema.specs import WORD
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -164,8 +164,7 @@ def round_experts(model: nn.Module, dtype: torch.dtype) -> str:
             parameter: Any = getattr(module, name)
             by_output = parameter.data.mT if module.is_transposed else parameter.data
             largest = by_output.float().abs().amax(-1)
-            exponents = torch.ceil(torch.log2(largest.double() / LARGEST))
-            scale = torch.where(largest == 0, 1.0, exponents.exp2()).float()
+            scale = power_of_two(largest)
             values = (by_output.float() / scale[..., None]).to(FLOAT8)
             by_output.copy_((values.float() * scale[..., None]).to(dtype))
             stored = values.mT.contiguous() if module.is_transposed else values

@@ -35,6 +35,7 @@ from inplace.schema.specs import (
     LOGPROB_ROLES,
     SAMPLING_OPTION_ROLES,
     SAMPLING_ROLES,
+    Dtype,
     Role,
     StateSpec,
     TensorSpec,
@@ -56,11 +57,12 @@ from inplace_builder.graph.nodes import is_call
 from inplace_builder.served.reach import positions_to_verify
 
 PERTURBATIONS = 8
-"""How many other roundings of its embeddings a model that selects by `topk` is run with at most.
+"""How many other roundings of its embeddings a model with steps is run with at most.
 
 A model with experts, or one that attends to selected positions, computes something else where two
-candidates are closer than rounding. The engine's error is then compared with the model's error over
-these roundings, too.
+candidates of `topk` are closer than rounding; one that caches 8-bit floats, where a key is as close
+to the middle of two of them. The engine's error is then compared with the model's error over these
+roundings, too.
 """
 
 
@@ -328,9 +330,9 @@ class OutputComparison:
         self._tolerance = tolerance(manifest, program)
         self._history: dict[int | str, list[Mapping[str, Tensor]]] = {}
         self._float32_reference: Reference | None = None
-        self._selects = any(
+        self._has_steps = any(
             is_call(node, torch.ops.aten.topk.default) for node in capture.exported.graph.nodes
-        )
+        ) or any(state.dtype is Dtype.FLOAT8_E4M3FN for state in manifest.states)
         self.max_error = 0.0
 
     def add(self, request: ActiveRequest) -> None:
@@ -497,9 +499,9 @@ class OutputComparison:
         )
 
     def perturbed(self, history: Sequence[Mapping[str, Tensor]], name: str) -> Iterator[Tensor]:
-        """An output of the model with other roundings after these requests, if it selects."""
+        """An output of the model with other roundings after these requests, if it has steps."""
         make = self._capture.perturbed_reference
-        if make is not None and self._selects:
+        if make is not None and self._has_steps:
             for seed in range(PERTURBATIONS):
                 yield make(seed)(history)[name]
 

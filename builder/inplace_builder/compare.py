@@ -10,6 +10,7 @@ import torch
 from inplace.schema.programs import CompiledProgram
 from inplace.schema.served import Manifest
 from inplace.schema.specs import Dtype
+from inplace.schema.tensor_file import flat_bytes
 from torch import Tensor, nn
 
 TOLERANCE = {
@@ -49,7 +50,7 @@ def fill_with_sentinel(tensor: Tensor) -> None:
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape and type are equal bit for bit, NaN payloads included."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(flat_bytes(one), flat_bytes(other))
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

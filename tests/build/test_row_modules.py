@@ -25,6 +25,8 @@ KEPT = [
     "buffers",
     "bags",
     "means of bags",
+    "places",
+    "fresh",
     "hooks",
     "parts",
 ]

@@ -216,6 +216,14 @@ PADS = [
     op(aten.unfold.default, TWO, 1, 1, 1, name="unfold-varies"),
     op(aten.diagonal.default, Arg((3, 4, 5)), 1, 0, 2),
     op(aten.diagonal_scatter.default, Arg((4, 5)), Arg((4,)), 1),
+    op(aten.diagonal.default, Arg(("n", 4, 5)), 1, 1, 2, name="diagonal-varies"),
+    op(
+        aten.diagonal_scatter.default,
+        Arg(("n", 4, 5)),
+        Arg(("n", 4)),
+        *(1, 1, 2),
+        name="diagonal_scatter-varies",
+    ),
     op(aten.as_strided.default, Arg((4, 5)), [3, 2], [4, 2], 1),
 ]
 
@@ -330,6 +338,16 @@ ORDER = [
         lambda x, edges: aten.searchsorted.Tensor(edges, x, right=True, out_int32=True),
         WHOLE,
         edges=torch.arange(-2, 3),
+    ),
+    fn(
+        "searchsorted-rows",
+        lambda x: aten.searchsorted.Tensor(x.sort(-1).values, x * 0.5, side="right"),
+        X,
+    ),
+    fn(
+        "searchsorted-sorter",
+        lambda x: aten.searchsorted.Tensor(x, x * 0.5, sorter=x.argsort(-1)),
+        X,
     ),
     op(aten.cumsum.default, Z, 1),
     op(aten.cumsum.default, X, 0, name="cumsum-varies"),

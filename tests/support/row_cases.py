@@ -393,6 +393,16 @@ ROW_CASES = [
     RowCase("stack of encoders", lambda: Streaming(_encoders(), (1, 4, 8), 1).eval(), (1, 2, 8)),
     RowCase("ring", Ring, (1, 4)),
     RowCase(
+        "random in training only",
+        lambda: Streaming(
+            nn.Sequential(
+                nn.RReLU(), nn.AlphaDropout(), nn.Dropout(inplace=True), nn.RReLU(inplace=True)
+            ),
+            (1, 3, 2),
+        ).eval(),
+        (1, 3, 4),
+    ),
+    RowCase(
         "masked scatter",
         lambda: Streaming(Of(lambda x: x.masked_scatter(x > 0, x * 2 + 1)), (1, 3, 2)),
         (1, 3, 4),

@@ -102,6 +102,46 @@ def memory(self: Any, x: Tensor) -> Any:
     return turned.as_strided((16,), (1,)), pairs, state.mT.as_strided((3, 4), (2, 1)) * 2, bits
 
 
+def places(self: Any, x: Tensor) -> Any:
+    """Counts, sorts in and repeats by the values of each row; the lengths are the same for all."""
+    window = self.state
+    window.copy_(torch.cat([window[:, 1:], x[:, None]], 1))
+    sorted_x = x[0].sort().values
+    repeats = (window[0, :4, 0] > 0).long() + 1
+    repeats = torch.cat([repeats, 10 - repeats.sum(0, keepdim=True)])
+    return (
+        torch.searchsorted(sorted_x, 0.3),
+        torch.searchsorted((sorted_x * 9).int(), 3, right=True) + torch.bucketize(0.3, sorted_x),
+        F.pdist(window[0]) + F.pdist(window[0], 1.0),
+        torch.nonzero_static(window > 0.3, size=6, fill_value=-7),
+        torch.nonzero_static(x[0] > 0, size=9),
+        torch.histc(x, 4, -2, 2) + torch.histc(window.mul(10).round().div(10), 4),
+        torch.repeat_interleave(window, repeats, 1, output_size=10),
+        torch.vander(x[0]) + torch.vander((x[0] * 9).long(), 4, increasing=True),
+    )
+
+
+def fresh(self: Any, x: Tensor) -> Any:
+    """Writes into parts of tensors that the step makes; takes parts of complex numbers."""
+    made, diagonal = torch.empty(4, 3), torch.zeros(4, 4)
+    made.fill_(1)
+    made[:, 1:].copy_(x[0].unsqueeze(1))
+    made[0] = self.state[0, :3]
+    diagonal.diagonal().add_(x[0])
+    self.state.add_(x)
+    one = torch.complex(x, x).matmul(torch.complex(x, -x).mT).real  # one element, of stride 2
+    return made, diagonal, torch.fft.rfft(x).conj().imag, one
+
+
+def rounded(self: Any, x: Tensor) -> Any:
+    """Rounds as integers would be, as modules that are trained for quantization do."""
+    scale, zero = torch.tensor(0.05), torch.tensor(3, dtype=torch.int32)
+    each, zeros = torch.tensor([0.1, 0.2, 0.3, 0.7]), torch.tensor([0, 1, -2, 5])
+    new = torch.fake_quantize_per_tensor_affine(self.state * 0.5 + x, 0.1, 1, -8, 7)
+    self.state.copy_(torch.fake_quantize_per_channel_affine(new, each, zeros.int(), 1, -8, 7))
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero, -128, 127), self.state.clone()
+
+
 class Cache:
     """A cache as people write them: an object that replaces its tensors."""
 
@@ -233,6 +273,9 @@ VALUE_CASES = [
     RowCase("at a number", _with(at_a_number, 1, 2, 24, 3), (1, 2, 3), options=REQUESTS),
     RowCase("branches", _with(branches, 1, 4), (1, 4)),
     RowCase("order", _with(order, 1, 5, 4), (1, 4)),
+    RowCase("places", _with(places, 1, 5, 4), (1, 4)),
+    RowCase("fresh", _with(fresh, 1, 4), (1, 4)),
+    RowCase("rounded", _with(rounded, 1, 4), (1, 4)),
     RowCase("memory", _with(memory, 1, 4, 6), (1, 4)),
     RowCase("objects", Objects, (1, 4)),
     RowCase("buffers", Buffers, (1, 4)),

@@ -161,14 +161,16 @@ def test_tensors_of_every_type_survive_the_file_bit_for_bit(tmp_path: Path, dtyp
     tensor = (bits % 2 if dtype is Dtype.BOOL else bits).view(dtype.as_torch).reshape(2, 3)
     empty = torch.empty(0, 3, dtype=dtype.as_torch)
     number = torch.zeros((), dtype=dtype.as_torch)
-    tensors = {"transposed": tensor.t(), "empty": empty, "number": number}
+    one = tensor.reshape(-1)[1::3][:1]  # contiguous, with a stride of 3
+    tensors = {"transposed": tensor.t(), "empty": empty, "number": number, "one": one}
     write_tensors(tmp_path / "file", tensors)
     content = torch.frombuffer(bytearray((tmp_path / "file").read_bytes()), dtype=torch.uint8)
     read = read_tensors(content.numpy().data, "file")
     for name, expected in tensors.items():
         result = as_dtype(read[name], dtype)
         assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
-        contiguous = expected.contiguous().reshape(-1).view(torch.uint8)
+        contiguous = expected.clone(memory_format=torch.contiguous_format)
+        contiguous = contiguous.reshape(-1).view(torch.uint8)
         assert torch.equal(result.reshape(-1).view(torch.uint8), contiguous)
 
 

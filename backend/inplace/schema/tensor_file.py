@@ -75,8 +75,7 @@ def write_safetensors(
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        file.write(data.numpy().data)
+        file.write(flat_bytes(tensor.detach().cpu()).numpy().data)
 
 
 def read_safetensors(content: Tensor, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -107,6 +106,18 @@ def read_safetensors(content: Tensor, title: str) -> tuple[dict[str, Tensor], di
         raise LoadError(
             f"{title} cannot be read as a safetensors file ({error}); build the model again"
         ) from error
+
+
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The elements of a tensor in order, ``[bytes]`` uint8; a view of its memory where it can be.
+
+    ``contiguous()`` is not enough: it leaves a single element any stride, and bytes of such a
+    tensor have no view.
+    """
+    flat = tensor.reshape(-1)
+    if flat.stride() != (1,):
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def as_bytes(content: Buffer) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from inplace.drivers import Arrival
 from inplace.errors import Code, RequestError
 from inplace.runtime.requests import Request
+from inplace.schema.tensor_file import flat_bytes
 
 LENGTHS = struct.Struct("<IQ")
 """Bytes of the header and of the tensors, in front of each frame."""
@@ -29,7 +30,7 @@ def encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     records, body = [], bytearray()
     for name, tensor in tensors.items():
         records.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
-        body += tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        body += flat_bytes(tensor).numpy().tobytes()
     text = json.dumps({**header, "tensors": records}).encode()
     return LENGTHS.pack(len(text), len(body)) + text + body
 

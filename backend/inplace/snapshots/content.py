@@ -29,7 +29,7 @@ from torch import Tensor
 
 from inplace.parameters import Parameter
 from inplace.schema.specs import Dtype
-from inplace.schema.tensor_file import as_bytes
+from inplace.schema.tensor_file import as_bytes, flat_bytes
 from inplace.snapshots.errors import SnapshotError, SnapshotReason
 
 MAGIC = b"INPSNAP2"
@@ -193,8 +193,7 @@ def _header(record: EpochRecord) -> tuple[dict[str, Any], list[Tensor]]:
 def _bytes_of(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data.cast("B")
+    return flat_bytes(tensor).numpy().data.cast("B")
 
 
 def decode(

@@ -35,10 +35,17 @@ def find_decomposition(target: torch._ops.OpOverload) -> Decomposition | None:
     return None
 
 
-def trace_decomposition(node: Node, decomposition: Decomposition) -> GraphModule:
+def trace_decomposition(
+    node: Node, decomposition: Decomposition, *, fixed: bool = False
+) -> GraphModule:
     """The graph of a decomposition over a node's inputs.
 
     oneDNN is off while tracing: with it ``lstm`` would become an operator of oneDNN's own.
+
+    Args:
+        node: the call.
+        decomposition: of its operator.
+        fixed: the extents of the inputs are numbers of the graph, which then asks for none.
 
     Raises:
         Exception: whatever PyTorch raises where the decomposition does not apply.
@@ -51,7 +58,8 @@ def trace_decomposition(node: Node, decomposition: Decomposition) -> GraphModule
         result = decomposition(*args, **kwargs)
         return list(result) if isinstance(result, tuple) else result  # names would become a call
 
-    trace = make_fx(call, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    mode = "fake" if fixed else "symbolic"
+    trace = make_fx(call, tracing_mode=mode, _allow_non_fake_inputs=True)
     with torch.no_grad(), correct_lstm(), _without_onednn(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the export already showed the model's warnings
         return trace(*(value(source) for source in sources))

@@ -542,6 +542,21 @@ def check_deterministic(graph: Graph) -> None:
 _RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
+_DROPOUTS = tuple(
+    getattr(aten, name).default
+    for name in (
+        "dropout",
+        "dropout_",
+        "feature_dropout",
+        "feature_dropout_",
+        "alpha_dropout",
+        "alpha_dropout_",
+        "feature_alpha_dropout",
+        "feature_alpha_dropout_",
+    )
+)
+
+
 def _is_random(node: Node) -> bool:
     target = node.target
     if is_call(node, *_RECURRENT):
@@ -549,10 +564,13 @@ def _is_random(node: Node) -> bool:
         return bool(train and dropout and node.args[4] != 1)
     if is_call(node, aten.scaled_dot_product_attention.default):
         return bool(argument(node, 4, "dropout_p", 0.0))
-    if is_call(node, aten.dropout.default, aten.feature_dropout.default):
+    if is_call(node, *_DROPOUTS):
         return bool(node.args[2] and node.args[1])
+    if is_call(node, aten.rrelu.default, aten.rrelu_.default):
+        return bool(argument(node, 3, "training", False))
+    if is_call(node, aten.rrelu_with_noise_functional.default):
+        return bool(argument(node, 4, "training", False))
     return (
         isinstance(target, torch._ops.OpOverload)
         and torch.Tag.nondeterministic_seeded in target.tags
-        and not is_call(node, aten.rrelu.default)
     )

@@ -71,6 +71,17 @@ def _so_far(x: Tensor, dim: int, other: float) -> Tensor:
     return torch.where(index <= index[:, None], wide, other)
 
 
+def rrelu(
+    x: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: None = None,
+) -> Tensor:
+    """A leaky ReLU outside training; in training it is random, and refused before."""
+    return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+
+
 OWN: dict[Any, Any] = {
     aten.kthvalue.default: kthvalue,
     aten.median.dim: median,
@@ -78,5 +89,6 @@ OWN: dict[Any, Any] = {
     aten.cummax.default: cummax,
     aten.cummin.default: cummin,
     aten.logcumsumexp.default: logcumsumexp,
+    aten.rrelu.default: rrelu,
 }
 """The decomposition of each operator."""

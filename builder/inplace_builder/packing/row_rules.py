@@ -100,6 +100,32 @@ def _clone(x: RowTensor, *, memory_format: Any = None) -> Tensor:
     return x.rows.clone(memory_format=torch.contiguous_format)
 
 
+def _negated(x: RowTensor) -> Tensor:
+    """What the imaginary part of a conjugate is a view of."""
+    return torch.neg(x.rows)
+
+
+def _of_all_rows(*tensors: Any) -> list[Tensor]:
+    """The tensors with an axis of the rows, if one of them has it."""
+    rows = next(each for each in tensors if isinstance(each, RowTensor)).rows.shape[0]
+    return [x.rows if isinstance(x, RowTensor) else x.expand(rows, *x.shape) for x in tensors]
+
+
+def _slice_scatter(x: Any, part: Any, dim: int = 0, *limits: Any, **options: Any) -> Any:
+    axis = dim % rank(x) + 1
+    return aten.slice_scatter.default(*_of_all_rows(x, part), axis, *limits, **options)
+
+
+def _select_scatter(x: Any, part: Any, dim: int, index: int) -> Any:
+    axis = dim % rank(x) + 1
+    return aten.select_scatter.default(*_of_all_rows(x, part), axis, index)
+
+
+def _diagonal_scatter(x: Any, part: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+    axes = (dim % rank(x) + 1 for dim in (dim1, dim2))
+    return aten.diagonal_scatter.default(*_of_all_rows(x, part), offset, *axes)
+
+
 def _to_other(x: RowTensor, other: Any, *arguments: Any, **options: Any) -> Any:
     like = other.rows if isinstance(other, RowTensor) else other
     if not isinstance(x, RowTensor):
@@ -238,7 +264,8 @@ def _view_as_type(x: Any, dtype: torch.dtype) -> Any:
     """The bytes of each row as another type: the last axis changes with the size of an element."""
     if rank(x) == 0 and x.rows.dtype.itemsize != dtype.itemsize:
         return NotImplemented
-    return x.rows.contiguous().view(dtype)
+    # not contiguous(): that leaves an axis of one element any stride
+    return x.rows.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _batch_norm(
@@ -475,6 +502,10 @@ def _rules() -> dict[Any, Rule]:
         aten.index_put.default: _index_put,
         aten.expand.default: _expand,
         aten.view.dtype: _view_as_type,
+        aten.slice_scatter.default: _slice_scatter,
+        aten.select_scatter.default: _select_scatter,
+        aten.diagonal_scatter.default: _diagonal_scatter,
+        aten._neg_view.default: _negated,
         aten.contiguous.default: _contiguous,
         aten.clone.default: _clone,
         aten.to.other: _to_other,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -175,6 +176,11 @@ class RowGraph:
                 "it asks for a tensor's value, which every row has another of; compute with the "
                 "tensor itself"
             )
+        if free_unbacked_symbols(node.meta.get("val")):
+            raise NotImplementedError(
+                "how many elements its result has depends on values, which every row has others "
+                "of; keep them all and choose with torch.where, or torch.nonzero_static"
+            )
         if not isinstance(target, torch._ops.OpOverload):
             raise _NoRuleError(f"{target} is not an operator of PyTorch's")
         rule = RULES.get(target)
@@ -200,7 +206,8 @@ class RowGraph:
         if decomposition is None:
             raise _refusal(node, str(reason)) from reason
         try:
-            traced = trace_decomposition(node, torch.func.functionalize(decomposition))
+            functional = torch.func.functionalize(decomposition)
+            traced = trace_decomposition(node, functional, fixed=True)
         except Exception as error:  # whatever PyTorch raises
             raise _refusal(node, f"{reason}, and its decomposition: {brief(error)}") from error
         if any(each.target is target for each in traced.graph.nodes):
@@ -221,6 +228,8 @@ class RowGraph:
         nodes: list[Node] = []
 
         def note(node: Node) -> Any:
+            if not isinstance(value(node), Tensor):
+                raise _NoRuleError("its extents depend on values")
             if node not in nodes:
                 nodes.append(node)
             return _TensorArgument(nodes.index(node))

@@ -5,13 +5,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from inplace.schema.files import record_files
 from inplace.schema.programs import CompiledProgram
 from inplace.schema.schedule import DEFAULT_SCHEDULE, PROMPT_LOGPROBS, Schedule
 from inplace.schema.served import FILE_NAME, Manifest
 from inplace.schema.specs import INITIAL_FILE
-from inplace.schema.tensor_file import write_tensors
+from inplace.schema.tensor_file import flat_bytes, write_tensors
 from inplace.snapshots.contract import WEIGHTS_NOTE
 from pydantic import ValidationError
 from torch import Tensor
@@ -158,7 +157,7 @@ def _digest_weights(captures: Sequence[Capture]) -> str:
                 tensor.stride(), tensor.dtype,
             )  # fmt: skip
             if place not in seen:
-                data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+                data = flat_bytes(tensor.detach().cpu())
                 seen[place] = sha256(data.numpy().data).digest()
             text = f"{capture.program.name} {name} {tensor.dtype} {list(tensor.shape)} "
             digest.update(text.encode() + seen[place])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from inplace_builder.graph.nodes import argument
 from inplace_builder.lower.converters.shape import reshaped
 from inplace_builder.lower.layers import AxisExtent, Extent, ITensor, Number, Size
 from inplace_builder.lower.network import Network
@@ -269,13 +270,12 @@ def unfold(ctx: Network, x: ITensor, dim: int, size: int, step: int) -> ITensor:
 
 
 def _known_extents(node: Node, ctx: Network) -> str | None:
-    """Tensors whose extents are all known."""
+    """Two axes of known extents; others may vary."""
     shape = ctx.meta(node.args[0]).shape
-    return (
-        None
-        if all(isinstance(extent, int) for extent in shape)
-        else "the input has a dynamic extent"
-    )
+    first = 2 if node.target is aten.diagonal_scatter.default else 1
+    dims = (argument(node, first + 1, "dim1", 0), argument(node, first + 2, "dim2", 1))
+    known = all(isinstance(shape[dim], int) for dim in dims)
+    return None if known else "an axis of the diagonal has a dynamic extent"
 
 
 def _diagonal_source(shape: Sequence[int], offset: int, dims: tuple[int, int]) -> torch.Tensor:
@@ -293,7 +293,8 @@ def diagonal(ctx: Network, x: ITensor, offset: int = 0, dim1: int = 0, dim2: int
     shape = ctx.meta(ctx.node.args[0]).shape
     dims = (dim1 % len(shape), dim2 % len(shape))
     others = [axis for axis in range(len(shape)) if axis not in dims]
-    flat = ctx.reshape(ctx.permute(x, [*others, *dims]), (*(shape[axis] for axis in others), -1))
+    count = shape[dims[0]] * shape[dims[1]]
+    flat = ctx.reshape(ctx.permute(x, [*others, *dims]), (*(shape[axis] for axis in others), count))
     return ctx.gather(flat, ctx.constant(_diagonal_source(shape, offset, dims)), len(others))
 
 
@@ -309,7 +310,7 @@ def diagonal_scatter(
     places = _diagonal_source(shape, offset, dims).long()
     source = torch.full((count,), -1, dtype=INT)
     source[places] = torch.arange(len(places), dtype=INT)
-    flat = ctx.reshape(ctx.permute(base, order), (*(shape[axis] for axis in others), -1))
+    flat = ctx.reshape(ctx.permute(base, order), (*(shape[axis] for axis in others), count))
     entries = ctx.gather(new, ctx.constant(source.clamp_min(0)), len(others))
     mask = ctx.constant((source >= 0).reshape(*(1,) * len(others), count))
     flat = ctx.select(mask, entries, flat)

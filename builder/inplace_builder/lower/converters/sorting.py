@@ -1,7 +1,5 @@
 """Order of the entries of an axis: sort, argsort, and sums along an axis in order."""
 
-from typing import Any
-
 import torch
 from torch.fx import Node
 
@@ -104,16 +102,7 @@ def _sorted(
     return positions if name == "aten::argsort" else (values, positions)
 
 
-def _sorted_boundaries(node: Node, ctx: Network) -> str | None:
-    """Boundaries of one axis; no sorter."""
-    one, other = node.args[:2]
-    boundaries = other if node.target is aten.bucketize.Tensor else one
-    if ctx.meta(boundaries).dim() != 1:
-        return "its boundaries have several axes"
-    return "it has a sorter" if node.kwargs.get("sorter") is not None else None
-
-
-@converter(aten.bucketize.Tensor, aten.searchsorted.Tensor, validator=_sorted_boundaries)
+@converter(aten.bucketize.Tensor, aten.searchsorted.Tensor)
 def searchsorted(
     ctx: Network,
     one: ITensor,
@@ -122,14 +111,22 @@ def searchsorted(
     out_int32: bool = False,
     right: bool = False,
     side: str | None = None,
-    **_: Any,
+    sorter: ITensor | None = None,
 ) -> ITensor:
     """Where each value would be inserted into sorted boundaries."""
     bucketize = ctx.node.target is aten.bucketize.Tensor
     values, boundaries = (one, other) if bucketize else (other, one)
-    rank = len(values.shape)
+    rank, axes = len(values.shape), len(boundaries.shape)
     common = torch.promote_types(ctx.dtype_of(values), ctx.dtype_of(boundaries))
-    edges = ctx.reshape(ctx.cast(boundaries, common), (*(1,) * rank, -1))
+    if sorter is not None:
+        layer = ctx.network.add_gather_v2(boundaries, sorter, ctx.api.GatherMode.ELEMENT)
+        layer.axis = axes - 1
+        boundaries = ctx.output(layer)
+    edges = ctx.cast(boundaries, common)
+    if axes == 1:  # the same for all values
+        edges = ctx.reshape(edges, (*(1,) * rank, -1))
+    else:
+        edges = ctx.unsqueeze(edges, [axes - 1])
     each = ctx.unsqueeze(ctx.cast(values, common), [rank])
     passed = ctx.less(edges, each)
     if right or side == "right":

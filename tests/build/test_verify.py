@@ -17,6 +17,7 @@ from inplace_builder.errors import BuildError
 from inplace_builder.served.build import write_engine
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
+from inplace_builder.served.verify import rank_limits
 from support import lowering
 from support.experts import moe_decoder
 from support.models import accumulator, captured, tiny_llama
@@ -404,3 +405,12 @@ def test_a_model_that_chooses_experts_may_differ_as_much_as_its_other_roundings(
     write_engine(exact, tmp_path / "model", options)
     with pytest.raises(BuildError, match="where the model's own rounding makes 0"):
         write_engine(replace(exact, perturbed_reference=None), tmp_path / "refused", options)
+
+
+def test_a_rank_may_differ_as_much_as_scores_do() -> None:
+    """Not by the tolerance alone: a cache of 8-bit floats moves scores by more than that."""
+    logits = torch.tensor([-10.0, 1.0, 1.03, 1.2, 5.0])
+    assert rank_limits(logits, 1, 1e-4) == (4, 4)
+    assert rank_limits(logits, 1, 2e-3) == (3, 4)
+    assert rank_limits(logits, 2, 2e-3) == (3, 4)
+    assert rank_limits(logits, 4, 2e-3) == (1, 1)

@@ -431,10 +431,8 @@ class OutputComparison:
         self._check_rank(where, int(outputs[PROMPT_RANKS]), logits, int(token))
 
     def _check_rank(self, where: str, rank: int, logits: Tensor, token: int) -> None:
-        """Compare a rank, which may differ where scores are equal but for rounding."""
-        margin = 2 * self._tolerance * float(logits.abs().max())
-        low = int((logits > logits[token] + margin).sum()) + 1
-        high = int((logits >= logits[token] - margin).sum())
+        """Compare a rank, which may differ where scores are equal but for the errors that are."""
+        low, high = rank_limits(logits, token, max(self._tolerance, self.max_error))
         if not low <= rank <= high:
             raise rejected(f"{where} has the rank {rank}, expected {low} to {high}")
 
@@ -511,6 +509,19 @@ class OutputComparison:
             assert self._capture.float32_reference is not None
             self._float32_reference = self._capture.float32_reference()
         return self._float32_reference(history)[name]
+
+
+def rank_limits(logits: Tensor, token: int, error: float) -> tuple[int, int]:
+    """The smallest and the largest rank of a token among scores with an error.
+
+    Args:
+        logits: the scores, ``[vocab_size]``.
+        token: the token.
+        error: the largest relative error of a score, as a part of the largest one.
+    """
+    margin = 2 * error * float(logits.abs().max())
+    low = int((logits > logits[token] + margin).sum()) + 1
+    return low, int((logits >= logits[token] - margin).sum())
 
 
 def _log_probabilities(logits: Tensor, token: Tensor, likely: Tensor) -> Tensor:

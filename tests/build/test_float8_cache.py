@@ -1,6 +1,6 @@
 """Engines that cache keys and values as 8-bit floats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -361,13 +361,14 @@ def test_a_checkpoint_may_have_a_scale_of_each_head(tmp_path: Path) -> None:
     assert model.cache_scales.by_layer()[1][0].tolist() == [torch.tensor(0.3).item()] * 2
 
 
-def test_tokens_that_are_no_texts_are_called_so(tmp_path: Path) -> None:
-    """A tokenizer with more tokens than the model has is not used."""
+@pytest.mark.parametrize("tokens", [range(120, 140), [1] * 30, range(5)])
+def test_a_tokenizer_that_does_not_fit_is_not_used(tmp_path: Path, tokens: Sequence[int]) -> None:
+    """One with more tokens than the model, or without words: each text is unknown, or short."""
     model = llama()
     model.save_pretrained(tmp_path)
 
-    def tokenize(text: str) -> dict[str, list[int]]:
-        return {"input_ids": [128 + ord(text[0])]}
+    def tokenize(_: str) -> dict[str, list[int]]:
+        return {"input_ids": list(tokens)}
 
     assert "random tokens" in quantize_cache(model, tmp_path, tokenize, 32)
 

@@ -24,6 +24,9 @@ from inplace_builder.errors import BuildError, brief
 CALIBRATION_TOKENS = 256
 """Most tokens of each calibration text."""
 
+MIN_TOKENS = 8
+"""Different tokens that a tokenizer makes of each of them at least."""
+
 HEADROOM = 2
 """How much larger than the largest measured number the largest cached one is at least.
 
@@ -147,7 +150,7 @@ def quantize_cache(
     """Let a model cache keys and values in fp8.
 
     The scales are those of the checkpoint if it has them for every layer, else measured: the model
-    is fed `TEXTS`, or random tokens if there is no tokenizer.
+    is fed `TEXTS`, or random tokens if there is no tokenizer that knows their words.
 
     Args:
         model: gets a `CacheScales`.
@@ -228,7 +231,9 @@ def _prompts(
     size = model.config.get_text_config(decoder=True).vocab_size
     if tokenizer is not None:
         encoded = [torch.tensor(tokenizer(text)["input_ids"])[:limit] for text in TEXTS]
-        if all(len(ids) and int(ids.max()) < size for ids in encoded):
+        # transformers makes a tokenizer without words where a checkpoint has no files of one
+        enough = all(len(ids.unique()) >= min(limit, MIN_TOKENS) for ids in encoded)
+        if enough and all(int(ids.max()) < size for ids in encoded):
             return encoded, "tokens of texts"
     generator = torch.Generator().manual_seed(0)
     random = [torch.randint(0, size, (limit,), generator=generator) for _ in range(2)]

@@ -68,6 +68,7 @@ def survey(
     *,
     tiny: Tiny | None = None,
     engines: Collection[str] = ("cpu", "tensorrt"),
+    by_forward: bool = False,
 ) -> None:
     """Compare the engines with ``generate`` of one model.
 
@@ -76,13 +77,16 @@ def survey(
             slash.
         folder: an empty folder to build in.
         report: called with ``generate``, ``cpu`` and ``tensorrt``: "equal", or why not; with the
-            largest relative differences of the logits; and with ``reference``, "forward", for the
-            models of `FORWARD`.
+            largest relative differences of the logits; and with ``reference``, "forward", where
+            that is the reference.
         tiny: another configuration.
         engines: the ones to compare.
+        by_forward: compare with greedy decoding by the full forward, as for the model types of
+            `FORWARD`.
     """
-    decode = decode_forward if name in FORWARD else decode_generate
-    if name in FORWARD:
+    by_forward = by_forward or name.partition("/")[0] in FORWARD
+    decode = decode_forward if by_forward else decode_generate
+    if by_forward:
         report("reference", "forward")
     with quiet():
         model = make_model(name, tiny)

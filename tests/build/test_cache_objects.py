@@ -141,6 +141,23 @@ def test_dynamic_shapes_are_given_by_the_attributes_of_objects() -> None:
         given.shapes({"a": 3})
 
 
+class WriteAt(nn.Module):
+    def forward(self, cache: Any, x: Tensor, place: int) -> Tensor:
+        cache.keys[:, :, place] = x[:, :, 0]
+        total: Tensor = cache.keys.sum(2)
+        return total
+
+
+def test_a_number_beside_an_object_may_vary(tmp_path: Path) -> None:
+    shapes = {"cache": None, "x": None, "place": torch.export.Dim.DYNAMIC}
+    args = (_plain(), X, 3)
+    engine = build(WriteAt(), args, path=tmp_path / "engine", dynamic_shapes=shapes)
+    cache = _plain()
+    for place in (2, 5):
+        engine(cache, X, place)
+    assert cache.keys[0, 0, :, 0].tolist() == [0, 0, 1, 0, 0, 1, 0, 0]
+
+
 class Shared(nn.Module):
     """Attributes that are one tensor or a part of one, and two that are exchanged."""
 
@@ -276,7 +293,7 @@ class Replacing(nn.Module):
         (
             _step(lambda cache: cache.counts.append(1)),
             _with(counts=[1, torch.float32]),
-            r"^cache\.counts of .* is a Python value that a step changes",
+            r"^cache\.counts of .* that a step changes, from a list of 2 to a list of 3",
         ),
         (
             _step(lambda cache: setattr(cache, "last", None)),

@@ -7,7 +7,7 @@ where the module is called. A namedtuple is such an object too.
 
 import collections
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -394,7 +394,7 @@ class _Comparison:
                 f"{title} is {original!r} before the first step and {_described(after)} after it: "
                 f"make the tensor before the build (a StaticCache does in early_initialization)"
             )
-        elif isinstance(original, _CONSTANTS) and not _is_same(original, after):
+        elif after is not given and not _is_same(original, after):
             raise _changed_value(title, original, after)
 
     def _compare_object(
@@ -482,7 +482,10 @@ def _pairs(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]] | None:
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{list(value.shape)} {value.dtype}"
-    return repr(value) if isinstance(value, _CONSTANTS) else f"a {type(value).__name__}"
+    if isinstance(value, _CONSTANTS):
+        return repr(value)
+    size = f" of {len(value)}" if isinstance(value, Sized) else ""
+    return f"a {type(value).__name__}{size}"
 
 
 def _check_kept(title: str, old: Tensor, new: Tensor) -> None:

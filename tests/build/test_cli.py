@@ -250,7 +250,7 @@ def without(packages: list[str], *arguments: str) -> tuple[int, str]:
     ("package", "arguments", "extra"),
     long_except(
         [
-            ("transformers", ("build", ".", "--output", "m"), "builder"),
+            ("torch", ("build", ".", "--output", "m"), "builder"),
             ("tritonclient", ("serve",), "server"),
         ],
         [

@@ -18,6 +18,7 @@ from support.fault_proxy import kill_server
 from support.faults import eventually
 from support.fronts import running
 from support.models import greedy
+from support.pool import EXPLICIT
 from support.served import MODEL, Served
 from support.vocabulary import added, tiny_tokenizer
 
@@ -99,7 +100,8 @@ def test_requests_go_on_when_one_of_two_servers_dies(
         begun.wait(60)
         return first + "".join(chunk.choices[0].text for chunk in stream)
 
-    other = TritonServer(stream_models, Ports(0, 0, 0), log=tmp_path / "log")
+    arguments = [*EXPLICIT, f"--load-model={MODEL}"]
+    other = TritonServer(stream_models, Ports(0, 0, 0), log=tmp_path / "log", arguments=arguments)
     with (
         caplog.at_level(logging.INFO, "inplace.client"),
         other,

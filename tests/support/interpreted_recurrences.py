@@ -49,7 +49,7 @@ def test_the_kernels_continue_each_row_from_its_slot(name: str) -> None:
     CHECKS[name](KERNELS)
 
 
-@pytest.mark.parametrize("name", long_except(OTHERS[:-1], CHECKS))
+@pytest.mark.parametrize("name", long_except(OTHERS[:1], CHECKS))
 def test_so_do_those_that_go_from_chunk_to_chunk(name: str) -> None:
     CHECKS[name](KERNELS, torch.float16, 1e-2)
 

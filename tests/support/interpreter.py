@@ -42,6 +42,7 @@ def run_interpreted(marked: str) -> None:
     """
     files = sorted(str(path) for path in TESTS.glob("interpreted_*.py"))
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
+    command += ["-p", "support.interpreter_patches"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
         [*command, "-m", marked, *files],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from inplace.client import Sequence
 from inplace.schema.specs import Dtype
-from inplace_builder import load_decoder
+from inplace_builder.capture.checkpoint import load_model
 from inplace_builder.capture.gguf_files import parsed_once
 from inplace_builder.served.decoder import build_decoder
 from inplace_builder.served.options import BuildOptions
@@ -104,7 +104,7 @@ def serve_smollm2(source: Path, folder: Path, pool: ServerPool, tokens: int) -> 
     )
     with parsed_once():  # for both
         build_decoder(source, folder / MODEL, options)
-        model, _ = load_decoder(source, Dtype.FLOAT32)
+        model, _ = load_model(source, Dtype.FLOAT32)
     tokenizer = load_chat_tokenizer(folder / MODEL)
     prompts = [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
     assert len({len(ids) for ids in prompts}) == len(PROMPTS)

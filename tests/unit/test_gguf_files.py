@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from inplace_builder.capture.gguf_files import parsed_once
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -30,6 +31,8 @@ def test_inside_the_block_transformers_parses_a_file_once(
         first, second = (load_gguf_checkpoint(str(path))["config"] for _ in range(2))
         assert first == second
         assert first["num_hidden_layers"] == 3
+        fields = gguf.GGUFReader(str(path)).fields.values()
+        assert {type(part) for field in fields for part in field.parts} == {np.ndarray}
         assert parsed == [str(path)]
     load_gguf_checkpoint(str(path))
     assert parsed == [str(path)] * 2

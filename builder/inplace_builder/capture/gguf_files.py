@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
+
+import numpy as np
 
 
 @contextmanager
@@ -10,7 +13,9 @@ def parsed_once() -> Iterator[None]:
     """Inside the block each GGUF file is parsed once.
 
     For one model transformers 5.17 parses its file five times (configuration, tokenizer, weights),
-    and makes gguf's table of tensor names once for each module. Both are read only.
+    and makes gguf's table of tensor names once for each module. Both are read only. Each
+    time it decodes the metadata byte by byte, from slices of a NumPy memmap. Plain arrays over the
+    same memory take less than half of the time.
     """
     try:
         import gguf
@@ -18,7 +23,15 @@ def parsed_once() -> Iterator[None]:
         yield
         return
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = lru_cache(reader), lru_cache(names)
+
+    @lru_cache
+    def parsed(path: Any) -> Any:
+        result = reader(path)
+        for field in result.fields.values():
+            field.parts[:] = [part.view(np.ndarray) for part in field.parts]
+        return result
+
+    gguf.GGUFReader, gguf.get_tensor_name_map = parsed, lru_cache(names)
     try:
         yield
     finally:

@@ -9,10 +9,29 @@ from inplace.schema.specs import AliasKind
 from inplace.trt import TensorRT, load_tensorrt
 from inplace_builder.errors import BuildError
 from inplace_builder.lower import CompileOptions, choose_mechanisms, compile_network, lower
+from support.long import long_except
 from support.native_cases import NATIVE_CASES, REFUSED, no_matrix_products
 from support.network_interpreter import interpret
 from support.state_cases import STATE_CASES, StateCase
 from torch import Tensor
+
+COMBINED = {
+    "attention-chunk-not-grouped",
+    "bias-bfloat16",
+    "bias-not-grouped",
+    "bias-of-all-heads",
+    "causal-bfloat16",
+    "not-causal-one-kv-head",
+    "sinks-bfloat16",
+    "sinks-softcap",
+}
+"""Cases of options that others have alone, or in another combination."""
+SOME = [case for case in STATE_CASES if case.name not in COMBINED]
+NATIVE = [
+    case
+    for case in NATIVE_CASES
+    if case.name in {"append-rows", "bias", "causal", "cross", "sinks"}
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +40,7 @@ def rtx() -> TensorRT:
 
 
 @pytest.mark.parametrize("kind", ["copy", "kv_cache_update"])
-@pytest.mark.parametrize("case", STATE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", long_except(SOME, STATE_CASES), ids=lambda case: case.name)
 def test_a_use_of_a_state_compiles_or_is_refused(
     rtx: TensorRT, case: StateCase, kind: AliasKind
 ) -> None:
@@ -59,7 +78,7 @@ def test_a_use_of_a_state_compiles_or_is_refused(
     )
 
 
-@pytest.mark.parametrize("case", NATIVE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", long_except(NATIVE, NATIVE_CASES), ids=lambda case: case.name)
 def test_the_cache_layers_networks_without_matrix_products_compute_the_same(
     rtx: TensorRT, case: StateCase
 ) -> None:

@@ -12,6 +12,7 @@ from inplace.errors import Code, RequestError
 from inplace.parameters import BY_NAME
 from inplace.runtime.requests import Request
 from support.driving import random_tokens
+from support.long import long_except
 from support.models import CAPACITY, SLOTS, VOCABULARY, Repository, greedy, open_instance
 from support.streaming import OpenStreams, RecordingChannel
 from support.vocabulary import BOS, EOS, tiny_tokenizer
@@ -65,14 +66,17 @@ BAD_PARAMETERS: list[dict[str, Any]] = [
 ]
 
 
-def test_any_request_is_parsed_or_refused_with_a_code(repository: Repository) -> None:
+@pytest.mark.parametrize("examples", long_except([150], [150, 600]))
+def test_any_request_is_parsed_or_refused_with_a_code(
+    repository: Repository, examples: int
+) -> None:
     instance = open_instance(repository.path / "llama")
     parsers = [
         RequestParser(instance, TokenizerConfig(tokenizer))
         for tokenizer in (tiny_tokenizer(), None)
     ]
 
-    @settings(max_examples=600)
+    @settings(max_examples=examples)
     @given(
         PARAMETERS, INPUTS, TEXTS, OUTPUTS, st.booleans(), st.booleans(), st.sampled_from(parsers)
     )

@@ -4,7 +4,9 @@
 its value, which an export has not. `ValueIndependent` indexes with a tensor of one axis instead.
 What that makes is a copy and no view, so it is written back when the module writes it, and taken
 again when the module writes what it is a part of. Numbers that ``n.item()`` returned become tensors
-again where they index or are calculated with.
+again where they index or are calculated with. A mask of Python's numbers, as in
+``x[:, torch.tensor([True, False])]``, becomes the places that it has, whose number an export has
+not either.
 """
 
 import functools
@@ -14,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
@@ -155,6 +159,7 @@ class ValueIndependent(TorchFunctionMode):
         super().__init__()
         self._offsets = WeakTensorKeyDictionary()
         self._numbers: dict[Any, Tensor] = {}
+        self._masks = WeakTensorKeyDictionary()
         self._parts: list[_Part] = []
 
     def __torch_function__(
@@ -169,6 +174,8 @@ class ValueIndependent(TorchFunctionMode):
             return _DATA[func](*args)
         name, result = getattr(func, "__name__", ""), None
         args, options = self._with_tensors(name, args, kwargs or {})
+        if name in ("__getitem__", "__setitem__"):
+            args = self._with_places(*args)
         if name in ("quantile", "nanquantile") and args and "out" not in options:
             result = quantile(*args, **options, ignore_nan=name == "nanquantile")
         elif (given := self._indexed(name, args, options)) is not None:
@@ -183,6 +190,8 @@ class ValueIndependent(TorchFunctionMode):
         else:
             result = func(*args, **options)
             self._note_number(name, args, options, result)
+            if func is torch.tensor and result.dtype == torch.bool and not _has_tensors(args[0]):
+                self._masks[result] = (result._version, np.asarray(args[0], bool))
         self._synchronise()
         return result
 
@@ -239,6 +248,25 @@ class ValueIndependent(TorchFunctionMode):
             return self._computed(given.node.expr) if read else given
 
         return [*map(tensor, args)], {key: tensor(given) for key, given in options.items()}
+
+    def _with_places(self, x: Tensor, key: Any, *new: Any) -> Sequence[Any]:
+        """The arguments of an index with the places of masks that are known."""
+        items = key if isinstance(key, tuple) else (key,)
+        known: list[Any] = []
+        for item in items:
+            mask = self._mask(item)
+            known += [item] if mask is None else map(torch.tensor, np.nonzero(mask))
+        return (x, key if len(known) == len(items) == 1 and known[0] is key else (*known,), *new)
+
+    def _mask(self, item: Any) -> NDArray[np.bool_] | None:
+        """The mask that an item of a key is, if it is a known one with axes."""
+        if isinstance(item, list):
+            kinds = {type(each) for each in item}
+            return np.asarray(item, bool) if kinds == {bool} else None
+        version, mask = (self._masks.get(item) if isinstance(item, Tensor) else None) or (0, None)
+        if mask is None or version != item._version or not mask.ndim:
+            return None
+        return mask
 
     def _is_computed(self, item: Any) -> bool:
         """Whether an item is an integer that the export has no value for."""
@@ -336,6 +364,13 @@ class ValueIndependent(TorchFunctionMode):
             elif now[1] != part.versions[1]:
                 copy.copy_(part.key.take(part.base))
             part.versions = (copy._version, part.base._version)
+
+
+def _has_tensors(data: Any) -> bool:
+    """Whether what a tensor is made of has tensors, or numbers that a step computes."""
+    if isinstance(data, list | tuple):
+        return any(map(_has_tensors, data))
+    return not isinstance(data, bool | int | float | np.ndarray | np.generic)
 
 
 def _bounds(item: Any) -> tuple[Any, ...]:

@@ -263,10 +263,12 @@ class ValueIndependent(TorchFunctionMode):
         if isinstance(item, list):
             kinds = {type(each) for each in item}
             return np.asarray(item, bool) if kinds == {bool} else None
-        version, mask = (self._masks.get(item) if isinstance(item, Tensor) else None) or (0, None)
-        if mask is None or version != item._version or not mask.ndim:
+        known: tuple[int, NDArray[np.bool_]] | None = (
+            self._masks.get(item) if isinstance(item, Tensor) else None
+        )
+        if known is None or known[0] != item._version or not known[1].ndim:
             return None
-        return mask
+        return known[1]
 
     def _is_computed(self, item: Any) -> bool:
         """Whether an item is an integer that the export has no value for."""

@@ -367,6 +367,16 @@ MIXED_LAYERS: dict[str, Tiny] = {
             "linear_attn_beta_factor": 1.2,
         }
     ),
+    "olmo_hybrid/three": Tiny(
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 4,
+            "linear_key_head_dim": 12,
+            "linear_value_head_dim": 24,
+        }
+    ),
     "mamba2/groups": Tiny(
         {"state_size": 12, "num_heads": 8, "head_dim": 16, "n_groups": 4, "chunk_size": 5}
         | {"conv_kernel": 3, "use_bias": True},

@@ -368,6 +368,15 @@ ATTENTION: dict[str, Tiny] = {
     "exaone4/all-global": Tiny(
         {"sliding_window": None, "sliding_window_pattern": 0, "layer_types": FULL}
     ),
+    "granite/one-window": Tiny(
+        {
+            "attention_multiplier": 0.3,
+            "logits_scaling": 8.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        }
+    ),
     "olmo/bias": Tiny({"attention_bias": True, "clip_qkv": 1.0, "tie_word_embeddings": True}),
     "starcoder2/untied": Tiny({"tie_word_embeddings": False, "use_bias": False}),
     "gpt2/wide": Tiny({"n_embd": 60, "n_layer": 1, "n_head": 3, "n_positions": 90, "n_inner": 70}),
@@ -377,7 +386,7 @@ ATTENTION: dict[str, Tiny] = {
 """Decoders whose layers are attention and one feed-forward network."""
 
 VARIANTS = ATTENTION | MIXED_LAYERS
-"""Unusual configurations of decoders: the engine of each chooses ``generate``'s tokens."""
+"""Unusual configurations of decoders: the engines of each choose ``generate``'s tokens."""
 
 BY_FORWARD: dict[str, Tiny] = {
     # windows of one position

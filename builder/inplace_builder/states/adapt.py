@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,12 +74,13 @@ def adapted_states(
             "the module has lazy parameters, whose extents are not known yet: call it once "
             "before it is captured"
         )
-    names = [*inspect.signature(module.forward).parameters]
-    given = ObjectArguments(tuple(example_inputs), kwargs or {}, names)
+    given = _object_arguments(module, tuple(example_inputs), kwargs or {})
     with KeptValues(module).kept():
-        if given.has_objects:
+        if given is None:
+            yield _adapted(module, tuple(example_inputs), kwargs or {}, states)
+        else:
             _make_objects(module, given)
-        yield _adapted(module, given, states)
+            yield replace(_adapted(module, given.args, given.kwargs, states), objects=given)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,25 @@ class AdaptedStates:
         return dynamic_shapes if self.objects is None else self.objects.shapes(dynamic_shapes)
 
 
+def _object_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ObjectArguments | None:
+    """The arguments of a module, if some are objects."""
+    if _is_plain((args, dict(kwargs))):
+        return None
+    given = ObjectArguments(args, kwargs, [*inspect.signature(module.forward).parameters])
+    return given if given.has_objects else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor or a number, or Python's own containers of such."""
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, Tensor) or type(value) in (bool, int, float, str, type(None))
+
+
 def _make_objects(module: nn.Module, given: ObjectArguments) -> None:
     """Let a module take the attributes of objects in their place."""
     forward = module.forward
@@ -116,11 +136,12 @@ def _make_objects(module: nn.Module, given: ObjectArguments) -> None:
     module.__dict__["forward"] = adapted
 
 
-def _adapted(module: nn.Module, given: ObjectArguments, states: States) -> AdaptedStates:
+def _adapted(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], states: States
+) -> AdaptedStates:
     """Find the states of a module by calling it, and let it write them."""
-    objects = given if given.has_objects else None
     try:
-        call = _ModuleCall.of(module, given.args, given.kwargs)
+        call = _ModuleCall.of(module, args, kwargs)
     except BuildError:
         raise
     except Exception as error:  # of any type: else the export shows what is wrong with the call
@@ -128,7 +149,7 @@ def _adapted(module: nn.Module, given: ObjectArguments, states: States) -> Adapt
             raise BuildError(
                 f"states: the module cannot be called with its example inputs: {brief(error)}"
             ) from error
-        return AdaptedStates(states, {}, given.args, given.kwargs, objects)
+        return AdaptedStates(states, {}, args, kwargs)
     if call.attributes:
         _register_attributes(module, call.attributes)
         for path in call.attributes:
@@ -151,7 +172,7 @@ def _adapted(module: nn.Module, given: ObjectArguments, states: States) -> Adapt
     if pairs:
         _write_returned(module, pairs)
     remaining = "auto" if isinstance(states, Mapping) else states
-    return AdaptedStates(remaining, pairs, given.args, given.kwargs, objects)
+    return AdaptedStates(remaining, pairs, args, kwargs)
 
 
 def _reason(call: "_ModuleCall", place: int, path: Sequence[Any]) -> str:

@@ -70,12 +70,12 @@ class ObjectArguments:
         """
         closed = _closed(self._originals, (args, kwargs), {})
         returned = function(*closed[0], **closed[1])
-        comparison = _Comparison()
+        changes = _ChangedArguments()
         for place, name in enumerate(self._names):
-            comparison.compare(self._originals[0][place], args[place], closed[0][place], name)
+            changes.compare(self._originals[0][place], args[place], closed[0][place], name)
         for name, given in kwargs.items():
-            comparison.compare(self._originals[1].get(name), given, closed[1][name], name)
-        return write_states(comparison.replaced, returned)
+            changes.compare(self._originals[1].get(name), given, closed[1][name], name)
+        return write_states(changes.replaced, returned)
 
     def shapes(self, dynamic_shapes: Any) -> Any:
         """Dynamic shapes as torch.export takes them, a list for the attributes of an object.
@@ -343,8 +343,8 @@ def _closed(original: Any, given: Any, made: dict[int, Any]) -> Any:
     return copied
 
 
-class _Comparison:
-    """Compares arguments before and after a call.
+class _ChangedArguments:
+    """What a call has changed of its arguments.
 
     Attributes:
         replaced: tensors, and those that the call has put in their place.

@@ -12,7 +12,7 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of `FLOAT8`."""
 MIN_SCALE = 2.0**-100
-"""The smallest power of two that is a scale: a GPU takes no number for 0 that it makes."""
+"""The smallest scale: products with it are no subnormal numbers, which a GPU may take for 0."""
 
 
 def num_groups(inputs: int, group: int) -> int:

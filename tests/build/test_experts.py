@@ -56,7 +56,7 @@ def captured(model: PreTrainedModel) -> Capture:
     return capture
 
 
-@pytest.mark.parametrize("name", long_except(["mixtral", "ernie4_5_moe"], CONFIGURATIONS))
+@pytest.mark.parametrize("name", long_except(["mixtral"], CONFIGURATIONS))
 @pytest.mark.filterwarnings("ignore")
 def test_ragged_rows_have_the_logits_of_eager_experts(name: str) -> None:
     """Of the graph, and of its network for TensorRT."""

@@ -149,7 +149,7 @@ def test_layers_may_share_what_one_of_them_selects(tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize(
     ("implementation", "window"),
-    long_except([("sdpa", 12), ("eager", 64)], product(["sdpa", "eager"], [64, 12])),
+    long_except([("sdpa", 12)], product(["sdpa", "eager"], [64, 12])),
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_mask_that_is_computed_from_values(
@@ -191,7 +191,7 @@ def test_a_selection_needs_one_capacity() -> None:
         capture_decoder(model_of("deepseek_v32", index_topk=6), options)
 
 
-@pytest.mark.parametrize("name", long_except(["deepseek_v32", "minimax_m3"], MODELS))
+@pytest.mark.parametrize("name", long_except(["minimax_m3"], MODELS))
 def test_the_limit_is_the_last_position_up_to_which_transformers_attends_to_all(name: str) -> None:
     """Beyond it the model differs from one with a larger limit, at it they are alike."""
     model, larger = model_of(name, **MODELS[name][3]), model_of(name)

@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2_grpc
 pytestmark = pytest.mark.server
 
 
-@pytest.mark.parametrize("requests", long_except([250], [250, 10_000]))
+@pytest.mark.parametrize("requests", long_except([150], [150, 10_000]))
 def test_random_requests_get_a_result_or_a_clear_error_and_harm_no_other(
     requests: int, tmp_path: Path
 ) -> None:

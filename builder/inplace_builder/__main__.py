@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,9 @@ FOR_MODEL = (
     "snapshot_every",
 )
 """Options of `serve` that are for a model which it builds."""
+
+FOR_FRONT_END = ("openai_host", "openai_port", "openai_workers", "keys", "tool_call_parser")
+"""Options of `serve` that are for the OpenAI front end."""
 
 
 SnapshotSecretFile = Annotated[
@@ -465,7 +468,7 @@ def serve(
             check_plain(arguments)
     with _errors("serve", "builder"):
         snapshots = _snapshots(snapshot_store, snapshot_secret_file, snapshot_every)
-        _check_given(context, with_model=model is not None)
+        _check_given(context, with_model=model is not None, with_front=with_front)
     if model is not None:
         with _errors("serve", "builder"):
             options = _build_options(dtype, capacity, slots, prompt_logprobs=prompt_logprobs)
@@ -520,26 +523,35 @@ def serve(
             _wait(server, front, interrupted)
 
 
-def _check_given(context: typer.Context, *, with_model: bool) -> None:
+def _check_given(context: typer.Context, *, with_model: bool, with_front: bool) -> None:
     """Refuse options of `serve` that would be ignored.
 
     Raises:
-        BuildError: one is for MODEL and there is none, or for a repository and there is MODEL.
+        BuildError: one is for MODEL, for a repository or for the front end, and there is none.
     """
-    sources = {name: context.get_parameter_source(name) for name in context.params}
+    if with_model:
+        _refuse(context, ["model_repository"], "MODEL is built into a repository of its own")
+    else:
+        _refuse(
+            context,
+            FOR_MODEL,
+            "for MODEL, and none was given; models of a repository are served as `inplace build` "
+            "built them, with these options",
+        )
+    if not with_front:
+        _refuse(context, FOR_FRONT_END, "for the OpenAI front end, which starts with --openai")
+
+
+def _refuse(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """BuildError if one of these options was given."""
+    sources = {name: context.get_parameter_source(name) for name in names}
     given = [
-        name
-        for name in (["model_repository"] if with_model else FOR_MODEL)
-        if (source := sources[name]) is not None and source.name != "DEFAULT"
+        "--" + name.replace("_", "-")
+        for name, source in sources.items()
+        if source is not None and source.name != "DEFAULT"
     ]
     if given:
-        options = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise BuildError(
-            f"{options}: MODEL is built into a repository of its own; give one of the two"
-            if with_model
-            else f"{options}: for MODEL, and none was given; models of a repository are served as "
-            "`inplace build` built them, with these options"
-        )
+        raise BuildError(f"{', '.join(given)}: {reason}")
 
 
 def _build_options(

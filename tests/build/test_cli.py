@@ -215,6 +215,10 @@ def test_options_of_serve_that_would_be_ignored_are_refused() -> None:
     status, _, err = inplace("serve", "model", "--model-repository", "models")
     assert status == 1
     assert "--model-repository: MODEL is built into a repository of its own" in err
+    for model, keys in (((), "--keys"), (("model", "--no-openai"), "--openai-port")):
+        status, _, err = inplace("serve", *model, keys, "1")
+        assert status == 1
+        assert f"{keys}: for the OpenAI front end, which starts with --openai" in err
 
 
 COMMAND = Path(sys.executable).with_name("inplace")

@@ -6,7 +6,7 @@ What that makes is a copy and no view, so it is written back when the module wri
 again when the module writes what it is a part of. Numbers that ``n.item()`` returned become tensors
 again where they index or are calculated with. A mask of Python's numbers, as in
 ``x[:, torch.tensor([True, False])]``, becomes the places that it has, whose number an export has
-not either.
+not either; `inplace_builder.graph.passes` does so in what was exported.
 """
 
 import functools

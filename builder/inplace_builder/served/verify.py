@@ -57,7 +57,7 @@ from inplace_builder.graph.nodes import is_call
 from inplace_builder.served.reach import positions_to_verify
 
 PERTURBATIONS = 8
-"""How many other roundings of its embeddings a model with steps is run with at most.
+"""How many other roundings of its embeddings a discontinuous model is run with at most.
 
 A model with experts, or one that attends to selected positions, computes something else where two
 candidates of `topk` are closer than rounding; one that caches 8-bit floats, where a key is as close
@@ -330,7 +330,7 @@ class OutputComparison:
         self._tolerance = tolerance(manifest, program)
         self._history: dict[int | str, list[Mapping[str, Tensor]]] = {}
         self._float32_reference: Reference | None = None
-        self._has_steps = any(
+        self._is_discontinuous = any(
             is_call(node, torch.ops.aten.topk.default) for node in capture.exported.graph.nodes
         ) or any(state.dtype is Dtype.FLOAT8_E4M3FN for state in manifest.states)
         self.max_error = 0.0
@@ -497,9 +497,9 @@ class OutputComparison:
         )
 
     def perturbed(self, history: Sequence[Mapping[str, Tensor]], name: str) -> Iterator[Tensor]:
-        """An output of the model with other roundings after these requests, if it has steps."""
+        """An output of the model with other roundings after these, if discontinuous."""
         make = self._capture.perturbed_reference
-        if make is not None and self._has_steps:
+        if make is not None and self._is_discontinuous:
             for seed in range(PERTURBATIONS):
                 yield make(seed)(history)[name]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
-from inplace.schema.standalone import Attributes, same_constant
+from inplace.schema.standalone import Attributes, holds_objects, same_constant
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -52,7 +52,7 @@ class ObjectArguments:
     @property
     def has_objects(self) -> bool:
         """Whether any of them is an object."""
-        return _holds_objects((self.args, self.kwargs))
+        return holds_objects(pytree.tree_structure((self.args, self.kwargs)))
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function with objects made of their attributes.
@@ -133,19 +133,9 @@ def _storage(tensor: Tensor) -> int:
     return number
 
 
-def _holds_objects(value: Any) -> bool:
-    nodes = [pytree.tree_structure(value)]
-    while nodes:
-        node = nodes.pop()
-        if node.type is Attributes:
-            return True
-        nodes.extend(node.children())
-    return False
-
-
 def _shapes(value: Any, given: Any, path: str) -> Any:
     """The dynamic shapes of one argument."""
-    if not _holds_objects(value) and given is not None:
+    if given is not None and not holds_objects(pytree.tree_structure(value)):
         return given
     if isinstance(value, Attributes):
         names = [*vars(value)]

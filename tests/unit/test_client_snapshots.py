@@ -1,11 +1,12 @@
 """What the client sends for a sequence that was lost where servers store sequences."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from inplace.client import ClientError, SequenceLostError
+from inplace.client import AsyncClient, AsyncSequence, ClientError, SequenceLostError
 from inplace.client.errors import parse_error
 from inplace.client.generation_progress import GenerationProgress
 from inplace.client.replay import RECENT_POSITIONS, SequenceTracker
@@ -306,3 +307,41 @@ def test_a_dead_instance_is_left_by_an_end_and_the_start_of_a_stranger(
     assert start.route == last.route == end.route  # to the same server
     assert not start.parameters  # no key, no position
     assert len({each.request_id for each in (end, start, last)}) == 3
+
+
+class Connection:
+    """Answers all requests but the third START, and notes what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int | str, bool, bool]] = []
+        self.waits = asyncio.Event()
+
+    async def infer(
+        self, *, sequence_id: int | str, sequence_start: bool, sequence_end: bool, **_: object
+    ) -> None:
+        self.sent.append((sequence_id, sequence_start, sequence_end))
+        if sequence_start and sum(start for _, start, _ in self.sent) == 3:
+            self.waits.set()
+            await asyncio.sleep(60)
+
+    async def close(self) -> None:
+        pass
+
+
+def test_a_client_that_is_cancelled_frees_the_slots_that_strangers_took() -> None:
+    async def run() -> list[tuple[int | str, bool, bool]]:
+        connection: Any = Connection()
+        async with AsyncClient("one:1", connect=lambda _: connection) as client:
+            client._models["m"] = SPEECH
+            sequence = AsyncSequence(client, "m")
+            releasing = asyncio.create_task(sequence._release())
+            await connection.waits.wait()
+            releasing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await releasing
+        return connection.sent  # type: ignore[no-any-return]
+
+    sent = asyncio.run(run())
+    started = {sequence for sequence, start, _ in sent if start}
+    assert len(started) == 3
+    assert started <= {sequence for sequence, _, end in sent if end}  # of the third one too

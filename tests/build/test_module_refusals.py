@@ -176,6 +176,12 @@ def test_what_cannot_be_exported_is_refused_by_name() -> None:
         capture_exported(Branch(), (torch.zeros(4), torch.ones(4)))
 
 
+def test_a_mask_of_another_shape_is_refused_as_pytorch_does() -> None:
+    module = Writes(lambda c, x: c.add_(x)[torch.tensor([True, False])].unfold(0, 1, 1))
+    with pytest.raises(BuildError, match="The shape of the mask"):
+        capture_exported(module, (torch.zeros(3, 4), torch.ones(3, 4)))
+
+
 def test_an_exported_program_serves_as_well() -> None:
     program = torch.export.export(Two(), (torch.zeros(4), torch.zeros(4), torch.ones(4)))
     assert capture_exported(program).states[0].pattern == "replace"

@@ -251,12 +251,19 @@ class ValueIndependent(TorchFunctionMode):
 
     def _with_places(self, x: Tensor, key: Any, *new: Any) -> Sequence[Any]:
         """The arguments of an index with the places of masks that are known."""
-        items = key if isinstance(key, tuple) else (key,)
+        items = _without_ellipsis(key if isinstance(key, tuple) else (key,), x.dim())
         known: list[Any] = []
+        axis = 0
         for item in items:
             mask = self._mask(item)
-            known += [item] if mask is None else map(torch.tensor, np.nonzero(mask))
-        return (x, key if len(known) == len(items) == 1 and known[0] is key else (*known,), *new)
+            if mask is None:
+                known.append(item)
+            elif tuple(x.shape[axis : axis + mask.ndim]) == mask.shape:
+                known += map(torch.tensor, np.nonzero(mask))
+            else:  # PyTorch refuses it
+                return (x, key, *new)
+            axis += _axes(item)
+        return (x, (*known,) if any(self._mask(item) is not None for item in items) else key, *new)
 
     def _mask(self, item: Any) -> NDArray[np.bool_] | None:
         """The mask that an item of a key is, if it is a known one with axes."""
